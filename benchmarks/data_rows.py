@@ -127,18 +127,18 @@ def _swapped(kind: Kind, row: Row, words: Words) -> Row:
     return old | {"chosen": old["rejected"], "rejected": old["chosen"]}
 
 
-def _begins(row: Row, kind: Kind, what: str) -> Row:
+def _prefixed(row: Row, kind: Kind, prefix: str) -> Row:
     answer = kind.answers(row)[0][-1]
-    answer["content"] = f"{what} {answer['content']}"
+    answer["content"] = f"{prefix} {answer['content']}"
     return row
 
 
 def _secret(kind: Kind, row: Row, words: Words) -> Row:
-    return _begins(row, kind, "use AKIA" + "".join(words.rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"), 16)))
+    return _prefixed(row, kind, "use AKIA" + "".join(words.rng.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ234567"), 16)))
 
 
 def _email(kind: Kind, row: Row, words: Words) -> Row:
-    return _begins(row, kind, f"write to {words.vocabulary[int(words.rng.integers(99))]}@mail.example")
+    return _prefixed(row, kind, f"write to {words.vocabulary[int(words.rng.integers(99))]}@mail.example")
 
 
 MAKERS: dict[str, Callable[[Kind, Row, Words], Row | None]] = {
@@ -147,8 +147,8 @@ MAKERS: dict[str, Callable[[Kind, Row, Words], Row | None]] = {
     "contradictions": _swapped,
     "pii_email": _email,
     "secrets_api_key": _secret,
-    "refusals": lambda kind, row, words: _begins(row, kind, REFUSAL),
-    "refusals_chosen": lambda kind, row, words: _begins(row, kind, REFUSAL),
+    "refusals": lambda kind, row, words: _prefixed(row, kind, REFUSAL),
+    "refusals_chosen": lambda kind, row, words: _prefixed(row, kind, REFUSAL),
 }
 
 
@@ -191,10 +191,10 @@ def generate(path: Path, n: int, seed: int, layout: str, scale: float = 1.0) -> 
         for i in range(n):
             name = names[int(np.searchsorted(bounds, rng.random(), side="right"))]
             row = kind.row(words, i)
-            made = MAKERS[name](kind, row, words) if name and words.earlier else None
-            if made is not None:
+            defective = MAKERS[name](kind, row, words) if name and words.earlier else None
+            if defective is not None:
                 planted[name] += 1
             elif len(words.earlier) < 50_000:
                 words.earlier.append(row)
-            out.write(json.dumps((made or row) | kind.numbered(i)) + "\n")
+            out.write(json.dumps((defective or row) | kind.numbered(i)) + "\n")
     return planted

@@ -48,19 +48,28 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="length of the texts, 1: questions of about 30 words, answers of 100"
+        "--scale",
+        type=float,
+        default=1.0,
+        help="text length factor; 1 means questions of about 30 words and answers of about 100",
     )
-    parser.add_argument("--folder", type=Path, help="where rows and cache go and stay (default: a temporary folder)")
-    parser.add_argument("--no-tokens", action="store_true", help="leave tokenizing and starting out")
-    parser.add_argument("--no-audit", action="store_true", help="leave the audit out")
+    parser.add_argument("--folder", type=Path, help="where to keep rows and cache (default: a temporary folder)")
+    parser.add_argument("--no-tokens", action="store_true", help="skip tokenizing and the start of training")
+    parser.add_argument("--no-audit", action="store_true", help="skip the audit")
     parser.add_argument(
-        "--workers", type=int, nargs="+", default=[1], help="processes of the audit; with --whole, of each command"
+        "--workers",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="number of processes for the audit, or for each command with --whole",
     )
     parser.add_argument("--whole", action="store_true", help="measure whole commands, on short pairs")
-    parser.add_argument("--only", choices=COMMANDS, nargs="+", default=COMMANDS, help="which of them")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of their training")
-    parser.add_argument("--no-threads", action="store_true", help="leave out tokenizing with one and two processes")
-    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument(
+        "--only", choices=COMMANDS, nargs="+", default=COMMANDS, help="the commands to measure with --whole"
+    )
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of each training run with --whole")
+    parser.add_argument("--no-threads", action="store_true", help="skip tokenizing with one and two threads")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -86,9 +95,9 @@ def measure(folder: Path, n: int, args: argparse.Namespace) -> dict[str, Any]:
     print(f"\n{n:,} rows ({args.layout}), {path.stat().st_size / 1e6:,.0f} MB", flush=True)
     figures: dict[str, Any] = {"rows": n, "bytes": path.stat().st_size, "planted": planted}
     if not args.no_audit:
-        figures["audit"] = made = worker("audit", str(path), str(args.workers[0]))
+        figures["audit"] = audit = worker("audit", str(path), str(args.workers[0]))
         for name, count in planted.items():
-            print(f"    {name:<18} planted {count:>7,}  found {made['found'].get(name, 0):>7,}", flush=True)
+            print(f"    {name:<18} planted {count:>7,}  found {audit['found'].get(name, 0):>7,}", flush=True)
     if not args.no_tokens:
         figures["tokens"] = tokens(path, n, folder, args)
     return figures
@@ -96,29 +105,29 @@ def measure(folder: Path, n: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(figures: list[dict[str, Any]]) -> str:
     """Markdown table of the audit at every size, followed by the verdicts."""
-    lines = ["", "| rows | file | audit | rows/s | CPU a row | of the first's | peak memory | found = planted |"]
+    lines = ["", "| rows | file | audit | rows/s | CPU per row | vs. first | peak memory | all defects found |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     costs = [f["audit"]["cpu"] / f["rows"] for f in figures]  # CPU time is insensitive to other load
     for f, cost in zip(figures, costs, strict=True):
-        made, same = f["audit"], all(f["audit"]["found"].get(k, 0) == v for k, v in f["planted"].items())
+        audit, all_found = f["audit"], all(f["audit"]["found"].get(k, 0) == v for k, v in f["planted"].items())
         lines.append(
-            f"| {f['rows']:,} | {f['bytes'] / 1e6:,.0f} MB | {made['seconds']:.1f} s | {f['rows'] / made['seconds']:,.0f} | {1e6 * cost:.0f} us "
-            f"| {cost / costs[0]:.2f} | {made['peak_mb']:,.0f} MB | {'yes' if same else 'no'} |"
+            f"| {f['rows']:,} | {f['bytes'] / 1e6:,.0f} MB | {audit['seconds']:.1f} s | {f['rows'] / audit['seconds']:,.0f} | {1e6 * cost:.0f} us "
+            f"| {cost / costs[0]:.2f} | {audit['peak_mb']:,.0f} MB | {'yes' if all_found else 'no'} |"
         )
     ratio, peak = max(costs) / min(costs), max(f["audit"]["peak_mb"] for f in figures)
     linear = "linear" if ratio <= LINEAR else "not linear"
-    lines += ["", f"time: {linear} (a row costs at most {ratio:.2f} times what it costs at another size)"]
+    lines += ["", f"time: {linear} (CPU per row varies by a factor of {ratio:.2f})"]
     if len(figures) > 1:
         low, high = figures[0], figures[-1]
-        grown = 1e6 * (high["audit"]["peak_mb"] - low["audit"]["peak_mb"]) / (high["rows"] - low["rows"])
-        lines.append(f"memory: {grown:,.0f} bytes a row, whatever is in it")
-    lines.append(f"peak: {'below' if peak < MEMORY else 'ABOVE'} {MEMORY:,.0f} MB")
+        per_row = 1e6 * (high["audit"]["peak_mb"] - low["audit"]["peak_mb"]) / (high["rows"] - low["rows"])
+        lines.append(f"memory: {per_row:,.0f} bytes per row")
+    lines.append(f"peak memory: {'below' if peak < MEMORY else 'ABOVE'} the limit of {MEMORY:,.0f} MB")
     return "\n".join(lines)
 
 
 def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure each command at each size, printing a line per measurement, then the verdicts."""
-    head = f"| rows | command | workers | wall | CPU | {'CPU a row':>9} | peak memory | of it files |"
+    head = f"| rows | command | workers | wall | CPU | {'CPU per row':>11} | peak memory | mapped files |"
     print(head + "\n" + "|---" * 8 + "|", flush=True)
     figures: list[dict[str, Any]] = []
     for n in [FEW, *args.rows]:
@@ -128,19 +137,19 @@ def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
         planted = sum(generate(rows / part, n // 2, args.seed + i, "short")["duplicates"] for i, part in parts)
         for command in args.only:
             for workers in args.workers:
-                made = {
+                result = {
                     "rows": n,
                     "command": command,
                     "workers": workers,
                     "planted": planted,
                     **least(_command(rows, command, workers, args.steps) for _ in range(1 if n > AGAIN else 3)),
                 }
-                start = next((f["cpu"] for f in figures if f["rows"] == FEW and _same(f, made)), made["cpu"])
-                made["cpu_a_row"] = (made["cpu"] - start) / max(1, n - FEW)
-                figures.append(made)
+                start = next((f["cpu"] for f in figures if f["rows"] == FEW and _same(f, result)), result["cpu"])
+                result["cpu_a_row"] = (result["cpu"] - start) / max(1, n - FEW)
+                figures.append(result)
                 print(
-                    f"| {n:,} | {command} | {workers} | {made['seconds']:.1f} s | {made['cpu']:.1f} s | {1e6 * made['cpu_a_row']:.0f} us "
-                    f"| {made['peak_mb']:,.0f} MB | {made['file_mb']:,.0f} MB |",
+                    f"| {n:,} | {command} | {workers} | {result['seconds']:.1f} s | {result['cpu']:.1f} s | {1e6 * result['cpu_a_row']:.0f} us "
+                    f"| {result['peak_mb']:,.0f} MB | {result['file_mb']:,.0f} MB |",
                     flush=True,
                 )
         shutil.rmtree(rows)
@@ -154,24 +163,30 @@ def whole_commands(folder: Path, args: argparse.Namespace) -> list[dict[str, Any
             ]
             ratio = max(costs) / min(costs)
             print(
-                f"{command}, {workers} worker(s): {'linear' if ratio <= LINEAR else 'not linear'} (CPU a row x{ratio:.2f} at most)"
+                f"{command}, {workers} worker(s): {'linear' if ratio <= LINEAR else 'not linear'} (CPU per row varies by a factor of {ratio:.2f})"
             )
-        one, *others = (f for f in figures if f["command"] == command and f["rows"] == max(args.rows))
+        baseline, *others = (f for f in figures if f["command"] == command and f["rows"] == max(args.rows))
         for other in others:
-            gain = one["seconds"] / other["seconds"]
-            print(f"{command}, {other['workers']} workers against {one['workers']}: {gain:.2f} times as fast")
-    for made in figures:
-        if made["command"] == "audit" and made["found"] != made["planted"]:
-            print(f"audit of {made['rows']:,} rows: {made['found']:,} duplicates found, {made['planted']:,} planted")
-    peak, own = max(f["peak_mb"] for f in figures), max(f["peak_mb"] - f["file_mb"] for f in figures)
-    print(f"peak: {peak:,.0f} MB at most, {own:,.0f} MB without mapped files, which the system may drop at any time")
-    print(f"peak: {'below' if own < WHOLE_MEMORY else 'ABOVE'} {WHOLE_MEMORY:,.0f} MB of their own")
+            gain = baseline["seconds"] / other["seconds"]
+            print(f"{command}, {other['workers']} workers: {gain:.2f} times as fast as {baseline['workers']}")
+    for result in figures:
+        if result["command"] == "audit" and result["found"] != result["planted"]:
+            print(
+                f"audit of {result['rows']:,} rows: {result['found']:,} duplicates found, but {result['planted']:,} planted"
+            )
+    peak, unmapped = max(f["peak_mb"] for f in figures), max(f["peak_mb"] - f["file_mb"] for f in figures)
+    print(
+        f"highest peak: {peak:,.0f} MB, or {unmapped:,.0f} MB without mapped files, which the system can drop at any time"
+    )
+    print(
+        f"without mapped files: {'below' if unmapped < WHOLE_MEMORY else 'ABOVE'} the limit of {WHOLE_MEMORY:,.0f} MB"
+    )
     return figures
 
 
-def least(made: Iterable[dict[str, Any]]) -> dict[str, Any]:
+def least(results: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """The run with the least CPU time. Other load on the machine can only increase it."""
-    return min(made, key=lambda run: run["cpu"])
+    return min(results, key=lambda run: run["cpu"])
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -189,51 +204,51 @@ def _command(rows: Path, command: str, workers: int, steps: int) -> dict[str, An
             "train": {"max_steps": steps, "batch_size": 16},
             "output": f"{temporary}/run",
         }
-        told = ["data", "audit", str(rows), "--workers", str(workers), "--json", f"{temporary}/audit.json"]
+        arguments = ["data", "audit", str(rows), "--workers", str(workers), "--json", f"{temporary}/audit.json"]
         if command != "audit":
             if command == "mixed":
                 parts = [{"path": str(rows / part), "weight": w} for part, w in (("a.jsonl", 3), ("b.jsonl", 1))]
                 config["data"] = {k: v for k, v in config["data"].items() if k != "path"} | {"sources": parts}
             Path(temporary, "run.yaml").write_text(json.dumps(config))  # JSON is YAML
-            told = ["train", f"{temporary}/run.yaml"]
+            arguments = ["train", f"{temporary}/run.yaml"]
         environment = {**os.environ, "PENCHANT_CACHE": f"{temporary}/cache", "TMPDIR": temporary}
         with Path(temporary, "log").open("w+") as log:
             began = time.perf_counter()
             process = subprocess.Popen(
-                [sys.executable, "-m", "penchant", *told], env=environment, stdout=log, stderr=log
+                [sys.executable, "-m", "penchant", *arguments], env=environment, stdout=log, stderr=log
             )
             peak = {"peak_mb": 0.0, "file_mb": 0.0}
             while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-                held = _held(process.pid)
-                if held["peak_mb"] > peak["peak_mb"]:
-                    peak = held
+                memory = _memory(process.pid)
+                if memory["peak_mb"] > peak["peak_mb"]:
+                    peak = memory
                 time.sleep(0.1)
             seconds, (_, status, usage) = time.perf_counter() - began, ended
             if status:
                 log.seek(0)
-                raise SystemExit(f"{' '.join(told)}\n{log.read()}")
-        found = {}
+                raise SystemExit(f"{' '.join(arguments)}\n{log.read()}")
+        extra = {}
         if command == "audit":
-            made = json.loads(Path(temporary, "audit.json").read_text())
-            found["found"] = made["findings"]["duplicates"]["count"]
-    return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, **peak, **found}
+            report = json.loads(Path(temporary, "audit.json").read_text())
+            extra["found"] = report["findings"]["duplicates"]["count"]
+    return {"seconds": seconds, "cpu": usage.ru_utime + usage.ru_stime, **peak, **extra}
 
 
-def _held(root: int) -> dict[str, float]:
+def _memory(root: int) -> dict[str, float]:
     """Memory of a process and its descendants, MB (PSS): shared pages count once, mapped files are included."""
-    pids, found = {root}, {"Pss": 0, "Pss_File": 0}
-    for told in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
+    pids, pss = {root}, {"Pss": 0, "Pss_File": 0}
+    for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
         with suppress(OSError):  # the process has exited
-            parent = int(told.read_text().rpartition(")")[2].split()[1])
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
             if parent in pids:
-                pids.add(int(told.parent.name))
+                pids.add(int(stat.parent.name))
     for pid in pids:
         with suppress(OSError):
             for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
                 name, _, value = line.partition(":")
-                if name in found:
-                    found[name] += int(value.split()[0])
-    return {"peak_mb": found["Pss"] / 1024, "file_mb": found["Pss_File"] / 1024}
+                if name in pss:
+                    pss[name] += int(value.split()[0])
+    return {"peak_mb": pss["Pss"] / 1024, "file_mb": pss["Pss_File"] / 1024}
 
 
 def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -241,32 +256,32 @@ def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[s
     figures: dict[str, Any] = {}
     if not args.no_threads:
         for threads in (1, 2):
-            figures[f"threads_{threads}"] = made = worker("tokenize", str(path), RAYON_NUM_THREADS=str(threads))
+            figures[f"threads_{threads}"] = result = worker("tokenize", str(path), RAYON_NUM_THREADS=str(threads))
             print(
-                f"  tokenize, {threads} thread(s): {n / made['seconds']:,.0f} rows/s, {made['tokens'] / n:.0f} tokens a row, "
-                f"{made['cpu']:.1f} s of CPU in {made['seconds']:.1f} s, {made['main']:.1f} s of it outside the tokenizer's threads "
-                f"(loading the rows: {made['load']:.1f} s)",
+                f"  tokenize, {threads} thread(s): {n / result['seconds']:,.0f} rows/s, {result['tokens'] / n:.0f} tokens per row, "
+                f"{result['cpu']:.1f} s of CPU time in {result['seconds']:.1f} s, {result['main']:.1f} s of it outside the tokenizer's threads "
+                f"(rows loaded in {result['load']:.1f} s)",
                 flush=True,
             )
     cache = folder / f"cache-{path.stem}"
     for start in ("cold", "warm"):
-        figures[start] = made = worker("start", str(path), args.layout, PENCHANT_CACHE=str(cache))
+        figures[start] = result = worker("start", str(path), args.layout, PENCHANT_CACHE=str(cache))
         print(
-            f"  {start} start: {made['seconds']:.1f} s to the first batch ({made['cpu']:.1f} s of CPU), peak {made['peak_mb']:,.0f} MB"
+            f"  {start} start: {result['seconds']:.1f} s to the first batch ({result['cpu']:.1f} s of CPU time), peak memory {result['peak_mb']:,.0f} MB"
         )
-        print("    " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in made["parts"].items()), flush=True)
+        print("    " + ", ".join(f"{part} {seconds:.2f} s" for part, seconds in result["parts"].items()), flush=True)
     if figures["cold"]["batch"] != figures["warm"]["batch"]:
-        raise SystemExit("the first batch of the warm start is not that of the cold one")
+        raise SystemExit("the first batches of the cold and the warm start differ")
     return figures
 
 
-def worker(what: str, *arguments: str, **environment: str) -> dict[str, Any]:
+def worker(task: str, *arguments: str, **environment: str) -> dict[str, Any]:
     """Run one measurement in a separate process and return its result."""
-    command = [sys.executable, __file__, "--worker", what, *arguments]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, __file__, "--worker", task, *arguments]
+    process = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise SystemExit(process.stderr)
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def _model() -> str:
@@ -290,10 +305,10 @@ def _audit(path: str, workers: str) -> dict[str, Any]:
     before, start, cpu = _peak(), time.perf_counter(), _cpu()
     result = audit_files({"rows": path}, workers=int(workers))
     seconds, cpu = time.perf_counter() - start, _cpu() - cpu
-    found = {name: f.count for name, f in result.findings.items()}
+    counts = {name: f.count for name, f in result.findings.items()}
     # RUSAGE_CHILDREN reports the peak of the largest worker, so the total is an upper bound
     others = int(workers) * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024 if workers != "1" else 0.0
-    return {"seconds": seconds, "cpu": cpu, "peak_mb": _peak() + others, "start_mb": before, "found": found}
+    return {"seconds": seconds, "cpu": cpu, "peak_mb": _peak() + others, "start_mb": before, "found": counts}
 
 
 def _cpu() -> float:
@@ -312,9 +327,9 @@ def _tokenize(path: str) -> dict[str, Any]:
     load = time.perf_counter() - start
     tokenizer = load_tokenizer(_model())
     start, cpu, main = time.perf_counter(), time.process_time(), time.thread_time()
-    made = tokenize(rows, tokenizer, max_length=512, on_bad_row="skip")
+    tokenized = tokenize(rows, tokenizer, max_length=512, on_bad_row="skip")
     seconds, cpu, main = time.perf_counter() - start, time.process_time() - cpu, time.thread_time() - main
-    count = sum(t.shared_tokens for t in made.trees)
+    count = sum(t.shared_tokens for t in tokenized.trees)
     return {"seconds": seconds, "cpu": cpu, "main": main, "load": load, "tokens": count, "peak_mb": _peak()}
 
 
@@ -341,32 +356,32 @@ def _start(path: str, layout: str) -> dict[str, Any]:
         start = last = time.perf_counter()
         run = Run(RunConfig.model_validate(config), quiet=True)
 
-        def said(part: str) -> None:
+        def record(part: str) -> None:
             nonlocal last
             parts[part], last = time.perf_counter() - last, time.perf_counter()
 
         _ = run.rows.tokenizer
-        said("libraries and tokenizer")  # independent of the number of rows
+        record("libraries and tokenizer")  # independent of the number of rows
         _ = run.rows.loaded
-        said("load")
+        record("load")
         _ = run.rows.datasets
-        said("split")
+        record("split")
         for tokenized in run.rows.tokenized:
             assert tokenized is not None
             tokenized.summary()
-        said("tokenize")
+        record("tokenize")
         json.dumps(run.rows.audit().to_json())
-        said("audit")
+        record("audit")
         train, _ = run.rows.trees
         loop = run.make_loop()
-        said("model and loop")
+        record("model and loop")
         batch = [train[i] for i in loop.schedule.batch(0)]
         loop._micro_batches(batch)
-        said("first batch")
+        record("first batch")
         seconds, cpu = time.perf_counter() - start, time.process_time()
         # extra work of methods with a cached reference, without the reference pass itself
         cache_key("weights", train, dtype="fp32", tokenizer="t", template="auto")
-        said("(not counted: name of the reference cache)")
+        record("(not counted: reference cache key)")
     first = hashlib.sha256(
         b"".join(ids.tobytes() for t in batch for ids in (t.prompt_ids, *t.completion_ids))
     ).hexdigest()

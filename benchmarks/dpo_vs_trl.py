@@ -126,7 +126,7 @@ def run_case(
         except WorkerFailed as error:
             outcome[side] = {"failed": str(error)}
             print(f" failed: {error}", end="")
-        print(f" ({time.perf_counter() - started:.0f} s in all)", flush=True)
+        print(f" ({time.perf_counter() - started:.0f} s in total)", flush=True)
     return outcome
 
 
@@ -165,28 +165,34 @@ def best_peaks(*measured: dict[str, Any]) -> dict[str, Any]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="DPO of SmolLM2-135M: Penchant against TRL", allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="a few pairs: shows that everything runs, measures little")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few pairs, to check that everything runs; the figures mean little"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where both sides train")
     parser.add_argument(
         "--cases",
-        help=f"comma list of {', '.join(c.name for c in [*CASES, *QLORA, *SFT])}; or a part of a name, e.g. bf16; all: DPO's "
-        "without QLoRA (default: all; on cuda, where there is no SFT: bf16-full,bf16-lora)",
+        help=f"comma-separated list of {', '.join(c.name for c in [*CASES, *QLORA, *SFT])}, or parts of names such as bf16; all means "
+        "every DPO case without QLoRA (default: all; on cuda, which has no SFT cases: bf16-full,bf16-lora)",
     )
-    parser.add_argument("--sides", default="penchant,trl,unsloth", help="which sides run, in this order")
     parser.add_argument(
-        "--timed-steps", type=int, help="timed steps in each case (default: 3 in bf16, 1 in fp32; 10 on cuda)"
+        "--sides", default="penchant,trl,unsloth", help="comma-separated list of the sides to run, in this order"
+    )
+    parser.add_argument(
+        "--timed-steps", type=int, help="timed steps per case (default: 3 in bf16, 1 in fp32; 10 on cuda)"
     )
     parser.add_argument(
         "--tokens-per-step",
         type=int,
-        help=f"Penchant's micro-batch, tokens (default: {OURS['tokens_per_step']}; on cuda: {GPU_TOKENS})",
+        help=f"Penchant's micro-batch size in tokens (default: {OURS['tokens_per_step']}; {GPU_TOKENS} on cuda)",
     )
-    parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
+    parser.add_argument(
+        "--kernels", choices=("auto", "off"), default="auto", help="Penchant's fast path for the model family"
+    )
     parser.add_argument(
         "--trl-batch",
         type=int,
         choices=(1, 2, 4, 8, 16),
-        help=f"TRL's micro-batch, pairs (default: {PEER_BATCH}; on cuda: {GPU_PEER_BATCH})",
+        help=f"TRL's micro-batch size in pairs (default: {PEER_BATCH['bf16']} in bf16, {PEER_BATCH['fp32']} in fp32; {GPU_PEER_BATCH} on cuda)",
     )
     attentions = ("sdpa", "flash_attention_2")  # flash_attention_2 needs a GPU and flash-attn in the peer's environment
     parser.add_argument("--trl-attention", choices=attentions, default=PEER["attention"])
@@ -197,20 +203,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if not args.data.is_file():
-        parser.error(f"{args.data}: no such file; give --data FILE.jsonl with hh-rlhf rows (chosen, rejected)")
+        parser.error(f"{args.data}: no such file; pass --data FILE.jsonl with hh-rlhf rows (chosen, rejected)")
     if args.model is not None and not (args.model / "config.json").is_file():
-        parser.error(f"{args.model}: no model folder there (config.json is missing)")
+        parser.error(f"{args.model} is not a model folder: config.json is missing")
     if unknown := set(args.sides.split(",")) - {"penchant", "trl", "unsloth"}:
-        parser.error(f"--sides: {', '.join(unknown)}: give some of penchant, trl, unsloth")
+        parser.error(f"--sides: unknown: {', '.join(unknown)}; choose from penchant, trl, unsloth")
     on_gpu = args.device == "cuda"
     if args.cases is None:
         args.cases = "bf16-full,bf16-lora" if on_gpu else "all"
     if args.tokens_per_step is None:
         args.tokens_per_step = GPU_TOKENS if on_gpu else OURS["tokens_per_step"]
-    wanted, every = args.cases.split(","), [*CASES, *QLORA, *([] if on_gpu else SFT)]
-    args.chosen = CASES if args.cases == "all" else [c for c in every if any(w in c.name for w in wanted)]
+    name_parts, available = args.cases.split(","), [*CASES, *QLORA, *([] if on_gpu else SFT)]
+    args.chosen = CASES if args.cases == "all" else [c for c in available if any(w in c.name for w in name_parts)]
     if not args.chosen:
-        parser.error(f"--cases {args.cases}: no such case; there are {', '.join(c.name for c in every)}")
+        parser.error(f"--cases {args.cases}: no such case; the cases are {', '.join(c.name for c in available)}")
     return args
 
 
@@ -218,7 +224,7 @@ def main() -> int:
     args = arguments()
     gpu = one_gpu() if args.device == "cuda" else ""
     if args.device == "cuda" and not gpu:
-        print(f"--device cuda: the torch of {sys.executable} sees no CUDA device; use --device cpu", file=sys.stderr)
+        print(f"--device cuda: torch in {sys.executable} finds no CUDA device; use --device cpu", file=sys.stderr)
         return 2
     stop_with_workers()
     size = QUICK if args.quick else ON_GPU if gpu else FULL
@@ -241,11 +247,11 @@ def main() -> int:
             "max_length": MAX_LENGTH,
             "out": str(rows_file),
         }
-        made = run_worker(sys.executable, "rows.py", request, threads=args.threads, log=logs / "rows.log")
+        counts = run_worker(sys.executable, "rows.py", request, threads=args.threads, log=logs / "rows.log")
         rows = json.loads(rows_file.read_text())
-        if made["rows"] < count:
+        if counts["rows"] < count:
             print(
-                f"{args.data}: {made['rows']} usable pairs, but {count} are needed; use fewer --timed-steps",
+                f"{args.data}: {counts['rows']} usable pairs, but {count} are needed; reduce --timed-steps",
                 file=sys.stderr,
             )
             return 2
@@ -263,8 +269,8 @@ def main() -> int:
                 ours,
                 args.device,
             )
-            taken = {s: sides[s] for s in args.sides.split(",") if s in ("penchant", case.peer)}
-            outcomes.append(run_case(case, spec, taken, args.threads, logs))
+            case_sides = {s: sides[s] for s in args.sides.split(",") if s in ("penchant", case.peer)}
+            outcomes.append(run_case(case, spec, case_sides, args.threads, logs))
         after = run_worker(sys.executable, "gemm_peak.py", gemm, threads=args.threads, log=logs / "gemm.log")
     peak, shape = best_peaks(before, after), read_shape(model)
     lines = [summarize(c, size, o, rows, shape, peak) for c, o in zip(args.chosen, outcomes, strict=True)]
@@ -273,7 +279,7 @@ def main() -> int:
         "quick": args.quick,
         "machine": {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
         | ({"gpu": gpu} if gpu else {}),
-        "rows": {"used": len(rows), **made["skipped"], "max_length": MAX_LENGTH, "batch": size.batch},
+        "rows": {"used": len(rows), **counts["skipped"], "max_length": MAX_LENGTH, "batch": size.batch},
         "gemm_peak": peak,
         "cases": lines,
     }
@@ -281,9 +287,9 @@ def main() -> int:
     path.write_text(json.dumps(result, indent=1))
     print(f"\n{gpu + ', ' if gpu else ''}{result['machine']['processor']}, {args.threads} threads")
     print(f"GEMM peak {peak['fp32']['gflops']:.0f} GFLOP/s fp32, {peak['bf16']['gflops']:.0f} bf16")
-    print(f"{size.batch} pairs a step, {size.warmup} warm-up step(s) untimed, max_length {MAX_LENGTH}\n")
-    reached = [] if gpu else [targets(lines)]  # no targets are set for GPUs
-    print(result_table(lines), loss_table(lines), *reached, f"written to {path}", sep="\n\n")
+    print(f"{size.batch} pairs per step, {size.warmup} untimed warm-up step(s), max_length {MAX_LENGTH}\n")
+    target_table = [] if gpu else [targets(lines)]  # no targets are set for GPUs
+    print(result_table(lines), loss_table(lines), *target_table, f"written to {path}", sep="\n\n")
     return 1 if any("failed" in side for line in lines for side in line["sides"].values()) else 0
 
 

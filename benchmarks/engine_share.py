@@ -95,13 +95,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--kernels", choices=["auto", "off"], default="auto")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train an adapter of this rank on every linear layer")
-    parser.add_argument("--dora", action="store_true", help="the adapter is DoRA's")
-    parser.add_argument("--dropout", type=float, default=0.0, help="on the adapter's input")
+    parser.add_argument("--dora", action="store_true", help="make it a DoRA adapter")
+    parser.add_argument("--dropout", type=float, default=0.0, help="dropout on the adapter's input")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cpu", action="store_true", help="CPU time instead of wall time (with --threads 1)")
+    parser.add_argument("--cpu", action="store_true", help="measure CPU time instead of wall time (with --threads 1)")
     args = parser.parse_args()
     if not ALLOCATOR.items() <= os.environ.items():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR})
@@ -121,7 +121,7 @@ def main() -> None:
     scorer = Scorer(model, "shared", args.kernels)
     plan = plan_passes([tree_tokens(t, True) for t in trees], args.tokens_per_step, scorer.side_by_side)
     batches = [replace(pack([trees[i] for i in members]), seed=number) for number, members in enumerate(plan)]
-    most = (
+    at_once = (
         max_concurrent_passes([b.tokens for b in batches], args.tokens_per_step, len(trees))
         if scorer.side_by_side
         else 1
@@ -130,13 +130,13 @@ def main() -> None:
     reference_of = adapter_off(scorer) if lora else LiveReference(scorer)
 
     def step(live: bool) -> None:
-        def one(batch: Any) -> None:
+        def one_pass(batch: Any) -> None:
             reference = reference_of.logps(batch) if live else torch.zeros(len(batch.lengths))
             policy = scorer.logps(batch).sums
             torch.nn.functional.softplus(-0.1 * (policy - reference)).sum().backward()
 
         turns = Turns()
-        list(side_by_side(one, batches, most=most, turns=turns if scorer.side_by_side else None))
+        list(side_by_side(one_pass, batches, most=at_once, turns=turns if scorer.side_by_side else None))
         with torch.no_grad():
             turns.close()
         model.zero_grad()
@@ -151,11 +151,11 @@ def main() -> None:
     share = {live: needed[live] / best[live] / 1e9 / peak for live in best}
     sizes = ", ".join(str(b.tokens) for b in batches)
     print(
-        f"{args.dtype}, {args.threads} thread(s), kernels {args.kernels}, passes of {sizes} tokens, {most} at once at most"
+        f"{args.dtype}, {args.threads} thread(s), kernels {args.kernels}, passes of {sizes} tokens, at most {at_once} at once"
     )
     print(
-        f"peak {peak:.0f} GFLOP/s; with the reference {best[True]:.2f} s, {share[True]:.1%} of it; "
-        f"cached {best[False]:.2f} s, {share[False]:.1%}"
+        f"peak {peak:.0f} GFLOP/s; live reference: {best[True]:.2f} s, {share[True]:.1%} of peak; "
+        f"cached reference: {best[False]:.2f} s, {share[False]:.1%} of peak"
     )
 
 

@@ -49,8 +49,8 @@ def _ask(server: Any, path: str, **question: Any) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("gguf", type=Path, help="folder with one .gguf")
-    parser.add_argument("model", help="the same model as transformers loads it")
+    parser.add_argument("gguf", type=Path, help="folder that holds the .gguf file")
+    parser.add_argument("model", help="folder of the same model for transformers")
     args = parser.parse_args()
     (path,) = args.gguf.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -74,8 +74,8 @@ def main() -> None:
             same_best += top[0]["id"] == int(ours.argmax())
             places += 1
     print(f"{path.name}: tokens equal for {same_tokens} of {len(TEXTS)} texts")
-    print(f"log-probs of the {TOP} likeliest next tokens differ by at most {worst:.3g} nats at {places} places")
-    print(f"the same likeliest token at {same_best} of {places} places")
+    print(f"log-probs of the {TOP} most likely next tokens differ by at most {worst:.3g} nats, over {places} positions")
+    print(f"the most likely token is the same at {same_best} of {places} positions")
 
 
 if __name__ == "__main__":

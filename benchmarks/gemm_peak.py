@@ -72,11 +72,11 @@ def main() -> None:
 
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(int(spec["threads"]))
-    how = (spec.get("seconds", 0.3), spec.get("repetitions", 4), spec.get("device", "cpu"))
+    timing = (spec.get("seconds", 0.3), spec.get("repetitions", 4), spec.get("device", "cpu"))
     result: dict[str, Any] = {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         by_shape = {
-            "x".join(map(str, s)): round(sustained(*s, dtype, *how), 1)
+            "x".join(map(str, s)): round(sustained(*s, dtype, *timing), 1)
             for s in shapes_of(read_shape(Path(spec["model"])))
         }
         result[name] = {"gflops": max(by_shape.values()), "by_shape": by_shape}

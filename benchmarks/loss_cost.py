@@ -1,7 +1,7 @@
 """Cost of each loss: step time relative to DPO's in the same process, and peak memory of PMPO's exact divergences.
 
     .venv/bin/python benchmarks/loss_cost.py                # every loss, bf16, about ten minutes on two quiet cores
-    .venv/bin/python benchmarks/loss_cost.py --only pmpo    # a part of a loss's name, or a comma list of them
+    .venv/bin/python benchmarks/loss_cost.py --only pmpo    # comma-separated parts of loss names
 
 SmolLM2-135M's shape with random weights (vocabulary 49,152), random pairs with hh-rlhf's lengths in one pass, a live reference,
 AdamW with fp32 master weights. DPO steps alternate with steps of the other losses. A ratio is the median over rounds of a
@@ -96,14 +96,14 @@ def peak_gb() -> float:
 def memory_of(label: str, args: argparse.Namespace) -> float:
     """Peak memory, GiB, of a new process that takes two steps with one loss."""
     command = [sys.executable, __file__, "--memory-of", label, "--pairs", str(args.pairs), "--dtype", args.dtype]
-    done = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    process = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True, check=True)
+    return float(process.stdout)
 
 
 def main() -> None:
     """Print a table of step-time ratios, with peak memory for DPO and PMPO."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="a part of a loss's name, or a comma list of them")
+    parser.add_argument("--only", help="comma-separated parts of loss names")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--pairs", type=int, default=4)
@@ -139,23 +139,23 @@ def main() -> None:
             for label, s in seconds.items():
                 ratios[label].append(2 * s / (before + after))
             before = after
-    print(f"{args.dtype}, {args.threads} thread(s), {args.pairs} pairs, {bench.batch.tokens} tokens a step")
+    print(f"{args.dtype}, {args.threads} thread(s), {args.pairs} pairs, {bench.batch.tokens} tokens per step")
     spread = statistics.quantiles(base, n=20) if len(base) > 1 else [base[0]] * 19
-    print(f"dpo: {statistics.median(base):.3f} s a step (5% to 95% of steps: {spread[0]:.3f} to {spread[-1]:.3f})\n")
+    print(f"dpo: {statistics.median(base):.3f} s per step (5% to 95% of steps: {spread[0]:.3f} to {spread[-1]:.3f})\n")
     memory = {label: memory_of(label, args) for label in ("dpo", *(x for x in labels if x.startswith("pmpo")))}
-    print("| loss                  | time / DPO's | goal    | peak GB | of DPO's |\n|---|---|---|---|---|")
+    print("| loss                  | time vs. DPO | target  | peak GB | vs. DPO  |\n|---|---|---|---|---|")
     print(f"| {'dpo':<21} | 1            |         | {memory['dpo']:.2f}    | 1        |")
     for label in labels:
         ratio = statistics.median(ratios[label])
         limit = goal_of(label)
         goal = "" if limit is None else f"<= {limit:g}"
-        verdict = "" if limit is None or ratio <= limit else " NOT reached"
+        verdict = "" if limit is None or ratio <= limit else " MISSED"
         extra = f"{memory[label]:.2f}    | {memory[label] / memory['dpo']:.3f}" if label in memory else " | "
         print(f"| {label:<21} | {ratio:<12.3f} | {goal:<7}{verdict} | {extra} |")
 
 
 def goal_of(label: str) -> float | None:
-    """Largest allowed ratio to DPO's step time: 1.03 for a pairwise loss, 1.6 for PMPO, None (no goal) for all others."""
+    """Largest allowed ratio to DPO's step time: 1.03 for a pairwise loss, 1.6 for PMPO, None (no target) for all others."""
     from penchant.losses import LOSSES
 
     name = label.split()[0]

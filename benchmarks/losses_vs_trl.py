@@ -34,10 +34,10 @@ VOCAB, PAD, BOS, EOS = 97, 0, 1, 2
 TOLERANCE = 1e-4
 Pair = dict[str, list[int]]  # prompt_ids, chosen_ids, rejected_ids
 
-PER_TOKEN = "TRL's NLL is a mean over the batch's tokens, ours per example"
-NO_SMOOTHING = "TRL's `sigmoid` ignores label_smoothing, ours is cDPO"
-PROMPT_TOO = "TRL's NLL includes the prompt and is a mean over the batch's tokens, ours is the answer's, per example"
-NOT_CLIPPED = "TRL does not clip the weight at 1, ours does"
+PER_TOKEN = "TRL averages the NLL over the batch's tokens, Penchant over examples"
+NO_SMOOTHING = "TRL's `sigmoid` ignores label_smoothing; in Penchant it gives cDPO"
+PROMPT_TOO = "TRL's NLL includes the prompt and is averaged over the batch's tokens; Penchant's covers only the completion and is averaged over examples"
+NOT_CLIPPED = "Penchant clips the weight at 1, TRL does not"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,17 +64,17 @@ class Case:
 
     @property
     def ours(self) -> str:
-        return f"{self.loss} {told(self.params | self.more)}".strip()
+        return f"{self.loss} {hyperparameters(self.params | self.more)}".strip()
 
     @property
     def theirs(self) -> str:
         rest = {k: v for k, v in self.settings.items() if k != "loss_type"}
         kind = self.settings.get("loss_type", "")
-        name = f"{self.trainer} {'+'.join(kind) if isinstance(kind, list) else kind} {told(rest)}"
+        name = f"{self.trainer} {'+'.join(kind) if isinstance(kind, list) else kind} {hyperparameters(rest)}"
         return " ".join(name.split()) + (", one by one" if self.one_by_one else "")
 
 
-def told(values: dict[str, Any]) -> str:
+def hyperparameters(values: dict[str, Any]) -> str:
     """Format hyperparameters as "name=value ..."."""
     return " ".join(f"{k}={v}" for k, v in values.items())
 
@@ -97,10 +97,8 @@ def with_sft(loss: str, params: dict[str, Any], **more: Any) -> Case:
 
 
 SMOOTH = {"label_smoothing": 0.2}
-ON_CHOSEN = (
-    "SFT",
-    "generalized_jsd_loss",
-)  # trainers that use the chosen completions only; the second is a function of TRL's GKDTrainer
+# trainers that use the chosen completions only; the second is a function of TRL's GKDTrainer
+ON_CHOSEN = ("SFT", "generalized_jsd_loss")
 CASES = [
     dpo_case("dpo", {}, "sigmoid"),
     dpo_case("dpo", SMOOTH, "sigmoid", SMOOTH, reason=NO_SMOOTHING),
@@ -252,9 +250,9 @@ def made_up_pairs(policy: Any) -> dict[str, list[Pair]]:
 def greedy(policy: Any, prompt: list[int], rank: int, length: int) -> list[int]:
     """The policy's greedy completion after a first token of rank `rank` (0 or 1)."""
     answer: list[int] = []
-    for at in range(length):
+    for position in range(length):
         logits = policy(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, -1]
-        answer.append(int(logits.topk(2).indices[rank if at == 0 else 0]))
+        answer.append(int(logits.topk(2).indices[rank if position == 0 else 0]))
     return answer
 
 
@@ -300,18 +298,18 @@ def our_loss(case: Case, rows: list[dict[str, Any]], policy: Any, reference: Any
     from penchant.losses import LOSSES
     from penchant.training.steps import reduced
 
-    scorer, other = Scorer(policy, "shared"), Scorer(reference, "shared")
+    scorer, ref_scorer = Scorer(policy, "shared"), Scorer(reference, "shared")
     algorithm: Any
     if case.loss == "gkd":
         config = GKDConfig.model_validate({"name": "gkd", "lambda": 0.0, **case.params})
-        scorer.temperature = other.temperature = config.temperature
-        algorithm = GKD(scorer, LiveReference(other), Writer(policy, None, None, config, 0), config)
+        scorer.temperature = ref_scorer.temperature = config.temperature
+        algorithm = GKD(scorer, LiveReference(ref_scorer), Writer(policy, None, None, config, 0), config)
     else:
         spec = LOSSES[case.loss]
         algorithm = Offline(
             scorer,
             [Component(spec, spec.params(**case.params))],
-            LiveReference(other),
+            LiveReference(ref_scorer),
             mismatched={
                 i: tree(i, r["prompt_ids"], [r["KL_completion_ids"]]) for i, r in enumerate(rows) if "label" in r
             },
@@ -383,8 +381,8 @@ def generalized_jsd(case: dict[str, Any], policy: Any, reference: Any) -> torch.
         labels[:, : len(row["prompt_ids"])] = -100
         logits = policy(input_ids=ids, use_cache=False).logits
         theirs = reference(input_ids=ids, use_cache=False).logits.detach()
-        given = logits[:, :-1], theirs[:, :-1], labels[:, 1:]
-        total = total + GKDTrainer.generalized_jsd_loss(*given, reduction="sum", **case["settings"])
+        inputs = logits[:, :-1], theirs[:, :-1], labels[:, 1:]
+        total = total + GKDTrainer.generalized_jsd_loss(*inputs, reduction="sum", **case["settings"])
         tokens += len(row["chosen_ids"])
     return total / tokens
 
@@ -457,11 +455,11 @@ def compare(folder: Path) -> list[dict[str, Any]]:
     reference.requires_grad_(False)
     pairs = made_up_pairs(policy)
     rows = [rows_of(c, pairs) for c in CASES]
-    asked = [
+    worker_cases = [
         {"trainer": c.trainer, "settings": c.settings, "one_by_one": c.one_by_one, "rows": r}
         for c, r in zip(CASES, rows, strict=True)
     ]
-    spec = {**folders, "cases": asked, "gradients": str(folder / "gradients.npy")}
+    spec = {**folders, "cases": worker_cases, "gradients": str(folder / "gradients.npy")}
     log = HERE / "results" / "logs" / "losses_vs_trl.log"
     losses = run_worker(peer_python(), Path(__file__).name, spec, threads=1, log=log)["losses"]
     results = []
@@ -491,13 +489,13 @@ def verdict(result: dict[str, Any]) -> str:
     """Text of the last column: equal, different, or the reason why the two are meant to differ."""
     if agrees(result):
         return "equal"
-    return f"meant to differ: {result['case'].reason}" if result["case"].reason else "**DIFFERENT**"
+    return f"expected: {result['case'].reason}" if result["case"].reason else "**DIFFERENT**"
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Format the results as a Markdown table."""
     lines = [
-        "| ours | TRL's | pairs | loss, ours | loss, TRL's | difference | gradient, ours | gradient, TRL's | difference | |",
+        "| Penchant | TRL | pairs | loss, Penchant | loss, TRL | difference | gradient norm, Penchant | gradient norm, TRL | difference | result |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in results:
@@ -511,7 +509,7 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Penchant's preference losses against TRL's", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Compare Penchant's preference losses with TRL's.", allow_abbrev=False)
     parser.add_argument("spec", nargs="?", help=argparse.SUPPRESS)  # a worker's JSON spec
     args = parser.parse_args()
     if args.spec:
@@ -524,8 +522,11 @@ def main() -> int:
     wrong = [r for r in results if not agrees(r) and not r["case"].reason]
     equal = sum(agrees(r) for r in results)
     print(table(results))
-    print(f"\n{len(results)} comparisons: {equal} equal, {len(results) - equal - len(wrong)} meant to differ", end="")
-    print(f", {len(wrong)} different (more than {TOLERANCE:g} relative)")
+    print(
+        f"\n{len(results)} comparisons: {equal} equal, {len(results) - equal - len(wrong)} different as expected",
+        end="",
+    )
+    print(f", {len(wrong)} UNEXPECTED (relative difference above {TOLERANCE:g})")
     return 1 if wrong else 0
 
 

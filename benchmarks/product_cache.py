@@ -53,7 +53,7 @@ def run_with(capacity: int, args: argparse.Namespace) -> Outcome:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
+            raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
         lines = [json.loads(line) for line in (folder / "run" / "perf.jsonl").read_text().splitlines()]
         (weights,) = (folder / "run" / "checkpoints").glob("*/model/*.safetensors")
         digest = hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -61,11 +61,11 @@ def run_with(capacity: int, args: argparse.Namespace) -> Outcome:
         return Outcome(peak, usage.ru_utime, tuple(line["seconds"] for line in lines[1:]), digest)
 
 
-def table(found: dict[int, list[Outcome]]) -> str:
-    first = next(iter(found.values()))
-    rows = ["| capacity | peak MB | of the first | user CPU s | of the first (lowest, highest) | ms a step (median) |"]
+def table(results: dict[int, list[Outcome]]) -> str:
+    first = next(iter(results.values()))
+    rows = ["| capacity | peak MB | vs. first | user CPU s | vs. first (lowest, highest) | median ms per step |"]
     rows.append("| --- | --- | --- | --- | --- | --- |")
-    for capacity, outcomes in found.items():
+    for capacity, outcomes in results.items():
         peak = max(o.peak for o in outcomes)
         pairs = [o.cpu / b.cpu for o, b in zip(outcomes, first, strict=True)]
         cpu = statistics.median(o.cpu for o in outcomes)
@@ -79,10 +79,10 @@ def table(found: dict[int, list[Outcome]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ASSETS, help="a folder; default: the bundled model")
-    parser.add_argument("--data", type=Path, required=True, help="rows of pairs")
+    parser.add_argument("--model", type=Path, default=ASSETS, help="a model folder (default: the bundled model)")
+    parser.add_argument("--data", type=Path, required=True, help="a file of preference pairs")
     parser.add_argument(
-        "--capacities", default="1024,64,128,256", help="the first one is what the others are compared with"
+        "--capacities", default="1024,64,128,256", help="comma-separated; the others are compared with the first"
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=24)
@@ -92,17 +92,19 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=512)
     args = parser.parse_args()
     capacities = [int(c) for c in args.capacities.split(",")]
-    found: dict[int, list[Outcome]] = {c: [] for c in capacities}
+    results: dict[int, list[Outcome]] = {c: [] for c in capacities}
     for turn in range(args.rounds):
         for capacity in capacities if turn % 2 == 0 else reversed(capacities):
             outcome = run_with(capacity, args)
-            found[capacity].append(outcome)
+            results[capacity].append(outcome)
             print(
-                f"{capacity}: {outcome.peak / 2**20:,.0f} MB, {outcome.cpu:.1f} s of CPU", file=sys.stderr, flush=True
+                f"{capacity}: {outcome.peak / 2**20:,.0f} MB, {outcome.cpu:.1f} s of CPU time",
+                file=sys.stderr,
+                flush=True,
             )
-    if len({o.weights for outcomes in found.values() for o in outcomes}) > 1:
-        raise SystemExit("the runs' weights differ")
-    print(table(found))
+    if len({o.weights for outcomes in results.values() for o in outcomes}) > 1:
+        raise SystemExit("the final weights of the runs differ")
+    print(table(results))
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ def texts_of(data: Path) -> Iterator[tuple[str, str]]:
     with data.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            whole = row.get("chosen") or row.get("text") or row.get("prompt") or ""
-            cut = whole.rfind(MARK)
-            yield (whole[: cut + len(MARK)] if cut >= 0 else whole), whole
+            text = row.get("chosen") or row.get("text") or row.get("prompt") or ""
+            cut = text.rfind(MARK)
+            yield (text[: cut + len(MARK)] if cut >= 0 else text), text
 
 
 def make_prompts(data: Path, model: Path, count: int, length: int) -> dict[str, Any]:
@@ -37,17 +37,17 @@ def make_prompts(data: Path, model: Path, count: int, length: int) -> dict[str, 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    fixed = (t[:length] for _, whole in texts_of(data) if len(t := ids(whole)) >= length)
+    fixed = (t[:length] for _, text_of_row in texts_of(data) if len(t := ids(text_of_row)) >= length)
     natural = (t for prompt, _ in texts_of(data) if SHORTEST <= len(t := ids(prompt)) <= 2 * length)
-    made = {"fixed": list(itertools.islice(fixed, count)), "natural": list(itertools.islice(natural, count))}
-    return {**made, "full_stop": ids(" good.")[-1], "eos": tokenizer.eos_token_id, "pad": spare_token(tokenizer)}
+    prompts = {"fixed": list(itertools.islice(fixed, count)), "natural": list(itertools.islice(natural, count))}
+    return {**prompts, "full_stop": ids(" good.")[-1], "eos": tokenizer.eos_token_id, "pad": spare_token(tokenizer)}
 
 
 def spare_token(tokenizer: Any) -> int:
     """The pad token, or another special token if it equals EOS or BOS: padding with EOS would hide real ends."""
-    taken = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    reserved = {tokenizer.eos_token_id, tokenizer.bos_token_id}
     spare = [tokenizer.pad_token_id, *tokenizer.all_special_ids, *tokenizer.added_tokens_decoder]
-    return next(i for i in spare if i is not None and i not in taken)
+    return next(i for i in spare if i is not None and i not in reserved)
 
 
 if __name__ == "__main__":

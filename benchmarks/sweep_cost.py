@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/sweep_cost.py --model PATH --rows 1000 --runs 8
 
 The 8 runs differ only in beta. The separate runs are 8 processes, one after another, measured in two ways: each with its own reference
-cache (independent runs, used for the goal), and all with one cache on disk (the default of `penchant train`). Each way starts with an
+cache (independent runs, used for the target), and all with one cache on disk (the default of `penchant train`). Each way starts with an
 empty cache. The ways alternate over rounds; a ratio is the median over rounds. The sweep's runs must end with the same weights as the
 separate ones, otherwise no ratio is printed. Standard library only: everything runs in subprocesses.
 """
@@ -88,9 +88,9 @@ def timed(commands: list[list[str]], args: argparse.Namespace, caches: list[Path
     started = time.perf_counter()
     for command, cache in zip(commands, caches, strict=True):
         env = environment(args.threads) | {"PENCHANT_CACHE": str(cache)}
-        done = subprocess.run([sys.executable, "-m", "penchant", *command], env=env, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"penchant {' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        process = subprocess.run([sys.executable, "-m", "penchant", *command], env=env, capture_output=True, text=True)
+        if process.returncode:
+            sys.exit(f"penchant {' '.join(command)} failed:\n{process.stderr[-2000:]}")
     return time.perf_counter() - started
 
 
@@ -121,18 +121,20 @@ def one_round(folder: Path, args: argparse.Namespace, betas: list[str]) -> dict[
             len({weights(folder / way / name) for way, name in (("own caches", b), ("sweep", f"beta-{float(b):g}"))})
             > 1
         ):
-            sys.exit(f"the sweep's run with beta {b} did not end with the weights of the separate one: no ratio")
+            sys.exit(
+                f"beta {b}: the final weights of the sweep's run and of the separate run differ, so no ratio is printed"
+            )
     return seconds
 
 
 def main() -> None:
     """Run all rounds, and print the seconds of each way and the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=BUNDLED, help="a model's folder (default: the bundled one)")
+    parser.add_argument("--model", type=Path, default=BUNDLED, help="a model folder (default: the bundled model)")
     parser.add_argument("--rows", type=int, default=400)
     parser.add_argument("--runs", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="of the sweep")
+    parser.add_argument("--jobs", type=int, default=1, help="--jobs of the sweep")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
     betas = [f"{0.05 * (i + 1):.2f}" for i in range(args.runs)]
@@ -145,7 +147,7 @@ def main() -> None:
     print(f"\n{args.runs} DPO runs, {args.rows} pairs, {args.threads} thread(s), --jobs {args.jobs}")
     for way in ("own caches", "one cache"):
         ratio = statistics.median(r["sweep"] / r[way] for r in rounds)
-        goal = f"  goal: at most {GOAL}, {'met' if ratio <= GOAL else 'NOT met'}" if way == "own caches" else ""
+        goal = f"  (target: at most {GOAL}, {'met' if ratio <= GOAL else 'MISSED'})" if way == "own caches" else ""
         print(f"sweep / {args.runs} separate runs with {way}: {ratio:.3f}{goal}")
 
 

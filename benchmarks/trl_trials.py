@@ -17,7 +17,7 @@ from harness import DATA, HERE, WorkerFailed, model_folder, peer_python, run_wor
 from report import markdown
 
 BASE: dict[str, Any] = {"micro": 4, "bf16": "autocast", "attention": "sdpa", "compile": False, "sort_in_step": False}
-BF16, FP32 = Case("bf16", False, False), Case("fp32", False, False)
+BF16, FP32 = Case("bf16", "full", False), Case("fp32", "full", False)
 
 TRIALS: list[tuple[str, Case, dict[str, Any]]] = [
     *[(f"bf16 autocast, batch {m}", BF16, {"micro": m}) for m in (1, 2, 4, 8)],
@@ -28,8 +28,12 @@ TRIALS: list[tuple[str, Case, dict[str, Any]]] = [
     ],
     ("bf16 autocast, batch 2, sorted, eager attention", BF16, {"micro": 2, "sort_in_step": True, "attention": "eager"}),
     *[(f"fp32, batch {m}, sorted", FP32, {"micro": m, "sort_in_step": True}) for m in (1, 2, 4)],
-    ("bf16 autocast, batch 2, sorted, reference cached", Case("bf16", False, True), {"micro": 2, "sort_in_step": True}),
-    ("bf16 autocast, LoRA, batch 2, sorted", Case("bf16", True, False), {"micro": 2, "sort_in_step": True}),
+    (
+        "bf16 autocast, batch 2, sorted, reference cached",
+        Case("bf16", "full", True),
+        {"micro": 2, "sort_in_step": True},
+    ),
+    ("bf16 autocast, LoRA, batch 2, sorted", Case("bf16", "lora", False), {"micro": 2, "sort_in_step": True}),
     ("bf16 autocast, batch 2, torch.compile", BF16, {"micro": 2, "sort_in_step": True, "compile": True}),
 ]
 
@@ -38,9 +42,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path, default=DATA)
-    parser.add_argument("--batch", type=int, default=8, help="pairs of a step; one warm-up step, one timed step")
+    parser.add_argument("--batch", type=int, default=8, help="pairs per step; one warm-up step and one timed step")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trials", default="", help="only trials with this in their name")
+    parser.add_argument("--trials", default="", help="only run trials whose name contains this")
     args = parser.parse_args()
     stop_with_workers()
     model, python, logs = model_folder(args.model), peer_python(), HERE / "results" / "logs"

@@ -15,21 +15,25 @@ def settings_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a spec to a config mapping: the PPO worker's config with GRPO as the algorithm."""
     like_ppo = {"epochs": 1, "minibatches": 1, "missing_eos_penalty": 0.0, "lam": 1.0, "gamma": 1.0}
     unused = {"value_coef": 0.1, "adam_eps": 1e-8, "whiten_rewards": False}
-    made = ppo.settings_of({**unused, **like_ppo, **spec, "ours": {"value": "head", **spec["ours"]}})
+    config = ppo.settings_of({**unused, **like_ppo, **spec, "ours": {"value": "head", **spec["ours"]}})
     method = {k: spec[k] for k in ("samples", "temperature", "beta", "clip")}
-    made["algorithm"] = {"name": "grpo", "max_new_tokens": spec["response_length"], **method}
-    made["train"]["max_grad_norm"] = 1.0
-    return made
+    config["algorithm"] = {"name": "grpo", "max_new_tokens": spec["response_length"], **method}
+    config["train"]["max_grad_norm"] = 1.0
+    return config
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
     warm, samples = spec["warmup_batches"], spec["samples"]
     run, console, timed = ppo.trained(spec, settings_of(spec), 1)
-    asked = [len(t.prompt_ids) for t in run.rows.trees[0]][spec["batch"] * warm :]
+    prompt_lengths = [len(t.prompt_ids) for t in run.rows.trees[0]][spec["batch"] * warm :]
     # counted as in the peer: a prompt once for each of its completions
-    written = sum(r["length"] for r in console.rollouts[warm:]) * spec["batch"] * samples
-    finish(timed | {"tokens": sum(asked) * samples + written} | ppo.described(console, run.built.parts.model))
+    completion_tokens = sum(r["length"] for r in console.rollouts[warm:]) * spec["batch"] * samples
+    finish(
+        timed
+        | {"tokens": sum(prompt_lengths) * samples + completion_tokens}
+        | ppo.described(console, run.built.parts.model)
+    )
 
 
 if __name__ == "__main__":

@@ -72,9 +72,9 @@ def main() -> None:
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(spec["model"], padding_side="left")
-    made = json.loads(Path(spec["prompts"]).read_text())
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(made["pad"])
-    rows = made[spec["kind"]][: spec["batch"] * spec["batches"]]
+    prompts_by_kind = json.loads(Path(spec["prompts"]).read_text())
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(prompts_by_kind["pad"])
+    rows = prompts_by_kind[spec["kind"]][: spec["batch"] * spec["batches"]]
     clock = Clock(spec["warmup_batches"])
     steps = StepClock(clock)
     model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)

@@ -109,12 +109,12 @@ def main() -> None:
     from penchant.data.packing import tree_tokens
     from penchant.runs import Run
     from penchant.runs.rows import Rows
-    from penchant.runs.sharing import Alone
+    from penchant.runs.sharing import Uncached
 
     spec = json.loads(sys.argv[1])
     clock = Clock(spec["warmup_steps"], spec["device"])
     config, console, trees = config_from_mapping(settings_of(spec), []), ClockConsole(clock), read_trees(spec)
-    rows = Rows(config, Alone(), console)
+    rows = Rows(config, Uncached(), console)
     rows.trees = (trees, [])  # replaces the cached property that reads a data file
     run = Run(config, console=console, rows=rows)
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -104,11 +104,11 @@ def trained(
     from penchant.config import config_from_mapping
     from penchant.runs import Run
     from penchant.runs.rows import Rows
-    from penchant.runs.sharing import Alone
+    from penchant.runs.sharing import Uncached
 
     clock = Clock(spec["warmup_batches"])
     config, console = config_from_mapping(settings, []), EpisodeConsole(clock, updates)
-    rows = Rows(config, Alone(), console)
+    rows = Rows(config, Uncached(), console)
     # replaces the cached properties that read a data file
     rows.trees, rows.prompts_by_source = (read_trees(spec), []), {}
     run = Run(config, console=console, rows=rows)

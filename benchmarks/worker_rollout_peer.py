@@ -77,7 +77,7 @@ def completions(sequences: list[Tensor], width: int, eos: int | None) -> list[li
 def main() -> None:
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
-    made = json.loads(Path(spec["prompts"]).read_text())
+    prompts_by_kind = json.loads(Path(spec["prompts"]).read_text())
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[spec["precision"]]
     model = transformers.AutoModelForCausalLM.from_pretrained(spec["model"], dtype=dtype).eval()
     version = transformers.__version__
@@ -89,17 +89,17 @@ def main() -> None:
     finish({"name": f"{spec['side']} {version}{static}", "torch": torch.__version__})
     for line in sys.stdin:
         request = json.loads(line)
-        prompts = made[request["kind"]][: request["prompts"]]
+        prompts = prompts_by_kind[request["kind"]][: request["prompts"]]
         model.generation_config.eos_token_id = request["eos"]  # generate fills in a None in the settings from here
         torch.manual_seed(request["seed"])
         started, cpu = time.perf_counter(), time.process_time()
         with torch.inference_mode():
-            ids, mask = padded(prompts, made["pad"])
+            ids, mask = padded(prompts, prompts_by_kind["pad"])
             if spec["side"] == "trl":
-                write = by_trl(model, request["n"], spec["rows"], made["pad"])
+                write = by_trl(model, request["n"], spec["rows"], prompts_by_kind["pad"])
             else:
                 write = by_generate(model, request["n"], spec["rows"])
-            sequences = write(ids, mask, settings_of(spec, request, made["pad"]))
+            sequences = write(ids, mask, settings_of(spec, request, prompts_by_kind["pad"]))
             rows = completions(sequences, ids.shape[1], request["eos"])
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         finish({"seconds": seconds, "cpu_seconds": cpu, "lengths": [len(r) for r in rows], "peak_bytes": peak_bytes()})

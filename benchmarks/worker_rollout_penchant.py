@@ -20,13 +20,13 @@ def main() -> None:
 
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
-    made = json.loads(Path(spec["prompts"]).read_text())
+    prompts_by_kind = json.loads(Path(spec["prompts"]).read_text())
     model = load_causal_model(ModelConfig(path=spec["model"]), torch.device("cpu")).eval()
     cast_parameters(model, {"fp32": torch.float32, "bf16": torch.bfloat16}[spec["precision"]])  # as a run does
     finish({"name": f"penchant {getattr(penchant, '__version__', 'dev')}", "torch": torch.__version__})
     for line in sys.stdin:
         request = json.loads(line)
-        prompts = made[request["kind"]][: request["prompts"]]
+        prompts = prompts_by_kind[request["kind"]][: request["prompts"]]
         started, cpu = time.perf_counter(), time.process_time()
         samples = sample(
             model,

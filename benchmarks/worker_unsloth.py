@@ -26,13 +26,13 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 def read_rows() -> list[dict[str, Any]]:
     """Read prompt and chosen completion of the rows of all steps, sorted by length within each step to reduce padding."""
-    given = json.loads(Path(SPEC["rows"]).read_text())[: SPEC["batch"] * SPEC["steps"]]
+    all_rows = json.loads(Path(SPEC["rows"]).read_text())[: SPEC["batch"] * SPEC["steps"]]
     rows = [
         {
             "input_ids": r["prompt_ids"] + r["completion_ids"][0],
             "labels": [-100] * len(r["prompt_ids"]) + r["completion_ids"][0],
         }
-        for r in given
+        for r in all_rows
     ]
     steps = [rows[i : i + SPEC["batch"]] for i in range(0, len(rows), SPEC["batch"])]
     return [r for step in steps for r in sorted(step, key=lambda r: len(r["input_ids"]), reverse=True)]

@@ -60,7 +60,7 @@ def instructions(text: str) -> Iterator[tuple[int, str, str]]:
             continue
         name, _, rest = joined.strip().partition(" ")
         if name.upper() not in KNOWN:
-            raise ValueError(f"line {start}: {name} is no instruction that this script runs")
+            raise ValueError(f"line {start}: {name} is not supported by this script")
         yield start, name.upper(), rest.strip()
         joined = ""
 
@@ -72,21 +72,21 @@ def expand(text: str, env: dict[str, str]) -> str:
 
 def steps(text: str, arguments: dict[str, str], base_path: str) -> list[Step]:
     """Parse every instruction, with the state it runs in."""
-    now = Step(0, "", "", {"PATH": base_path})
-    made = []
+    state = Step(0, "", "", {"PATH": base_path})
+    parsed = []
     for line, name, rest in instructions(text):
         if name == "ENV":
             pairs = dict(pair.split("=", 1) for pair in shlex.split(rest))
-            now = replace(now, env=now.env | {k: expand(v, now.env) for k, v in pairs.items()})
+            state = replace(state, env=state.env | {k: expand(v, state.env) for k, v in pairs.items()})
         elif name == "ARG":
             key, _, default = rest.partition("=")
-            now = replace(now, env=now.env | {key: arguments.get(key, default)})
+            state = replace(state, env=state.env | {key: arguments.get(key, default)})
         elif name == "WORKDIR":
-            now = replace(now, folder=rest)
+            state = replace(state, folder=rest)
         elif name == "USER":
-            now = replace(now, user=rest)
-        made.append(replace(now, line=line, name=name, text=rest))
-    return made
+            state = replace(state, user=rest)
+        parsed.append(replace(state, line=line, name=name, text=rest))
+    return parsed
 
 
 def command(step: Step) -> str:
@@ -156,9 +156,9 @@ class Root:
                 shutil.copy(source, to)
 
 
-def check(made: list[Step], context: Path, root: Root) -> int:
+def check(parsed: list[Step], context: Path, root: Root) -> int:
     """Run the steps, the entry point and a write check. Returns the exit code of the first failure, otherwise 0."""
-    for step in made:
+    for step in parsed:
         began = time.monotonic()
         code = 0
         if step.name == "COPY":
@@ -170,8 +170,8 @@ def check(made: list[Step], context: Path, root: Root) -> int:
         print(f"[{code}] {step.line}: {step.name} {step.text[:100]}  ({time.monotonic() - began:.1f}s)", flush=True)
         if code:
             return code
-    last = made[-1]
-    words = [w for s in made if s.name in ("ENTRYPOINT", "CMD") for w in json.loads(s.text)]
+    last = parsed[-1]
+    words = [w for s in parsed if s.name in ("ENTRYPOINT", "CMD") for w in json.loads(s.text)]
     for shell in (shlex.join(words), "id -u && touch /workspace/written && ! touch /opt/penchant/written 2>/dev/null"):
         code = root.run(last, shell)
         print(f"[{code}] as user {last.user}: {shell}", flush=True)
@@ -184,17 +184,21 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("dockerfile", type=Path)
-    parser.add_argument("--arg", action="append", default=[], metavar="NAME=VALUE", help="a build argument")
+    parser.add_argument(
+        "--arg", action="append", default=[], metavar="NAME=VALUE", help="a build argument (may be repeated)"
+    )
     parser.add_argument("--list", action="store_true", help="print the steps and run nothing")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     base_path = f"/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin:{Path(sys.executable).resolve().parent}"
-    made = steps(args.dockerfile.read_text(), dict(a.split("=", 1) for a in args.arg), base_path)
+    parsed = steps(args.dockerfile.read_text(), dict(a.split("=", 1) for a in args.arg), base_path)
     if args.list or sys.platform != "linux" or os.geteuid() != 0:
-        for step in made:
+        for step in parsed:
             print(f"{step.line}: {step.name} {command(step) if step.name == 'RUN' else step.text}")
         if not args.list:
-            print("not run: that needs root on Linux (a chroot over an overlay)", file=sys.stderr)
+            print(
+                "nothing was run: running the steps needs root on Linux (for a chroot on an overlay)", file=sys.stderr
+            )
         return 0 if args.list else 3
     if not args.inside:  # use a mount namespace that ends with the process
         words = [sys.executable, __file__, *(argv or sys.argv[1:]), "--inside"]
@@ -204,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         root = Root(Path(scratch))
         root.mount()
         try:
-            return check(made, context, root)
+            return check(parsed, context, root)
         finally:
             subprocess.run(["umount", "--recursive", "--lazy", str(root.root)], check=False)
 

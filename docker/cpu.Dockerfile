@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # Penchant for CPUs. Build from the repository's root:  docker build -f docker/cpu.Dockerfile -t penchant:cpu .
-# The base is pinned by tag; pin its digest too where builds must be repeatable: FROM python:3.11-slim-bookworm@sha256:...
+# The base is pinned by tag. If builds must be reproducible, pin its digest too: FROM python:3.11-slim-bookworm@sha256:...
 FROM python:3.11-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 \
@@ -10,10 +10,10 @@ ENV PYTHONUNBUFFERED=1 \
     VIRTUAL_ENV=/opt/penchant \
     PATH=/opt/penchant/bin:$PATH
 
-# a user without rights, and folders that it may write to
+# an unprivileged user, and the folders that it can write to
 RUN useradd --create-home --uid 1000 penchant && mkdir -p /workspace /home/penchant/.cache && chown -R penchant:penchant /workspace /home/penchant
 
-# dependencies first: this layer stays while only the source changes
+# dependencies first, so that this layer is reused when only the source changes
 WORKDIR /src
 COPY constraints.txt ./
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -1,7 +1,7 @@
 # syntax=docker/dockerfile:1
 # Penchant for NVIDIA GPUs. Build from the root:  docker build -f docker/cuda.Dockerfile -t penchant:cuda .
-# The base is pinned by tag; pin its digest too where builds must be repeatable: FROM python:3.11-slim-bookworm@sha256:...
-# PyTorch's wheels bring the CUDA libraries with them, so no CUDA base image is needed: the host gives the driver (NVIDIA Container Toolkit).
+# The base is pinned by tag. If builds must be reproducible, pin its digest too: FROM python:3.11-slim-bookworm@sha256:...
+# PyTorch's wheels include the CUDA libraries, so no CUDA base image is needed. The host provides the driver (NVIDIA Container Toolkit).
 FROM python:3.11-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 \
@@ -13,17 +13,17 @@ ENV PYTHONUNBUFFERED=1 \
     VIRTUAL_ENV=/opt/penchant \
     PATH=/opt/penchant/bin:$PATH
 
-# Triton builds its launchers with a C compiler when a kernel is first used
+# Triton compiles its launchers with a C compiler when a kernel is first used
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 
-# a user without rights, and folders that it may write to
+# an unprivileged user, and the folders that it can write to
 RUN useradd --create-home --uid 1000 penchant && mkdir -p /workspace /home/penchant/.cache && chown -R penchant:penchant /workspace /home/penchant
 
-# dependencies first: this layer stays while only the source changes
+# dependencies first, so that this layer is reused when only the source changes
 WORKDIR /src
 COPY constraints.txt ./
-# PyPI's Linux wheels of torch bring CUDA; for another version of CUDA: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cuXXX
+# PyPI's Linux wheels of torch include CUDA. For another CUDA version: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cuXXX
 ARG TORCH_INDEX=https://pypi.org/simple
 RUN python -m venv /opt/penchant
 RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt --index-url ${TORCH_INDEX} torch

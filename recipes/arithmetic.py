@@ -69,15 +69,15 @@ def right(folder: str, rows: list[dict[str, str]]) -> np.ndarray:
     tokenizer = load_tokenizer(folder)
     model = load_causal_model(ModelConfig(path=folder), torch.device("cpu"))
     prompts = [[tokenizer.bos_token_id, *tokenizer(r["prompt"], add_special_tokens=False)["input_ids"]] for r in rows]
-    said = greedy(model, tokenizer, prompts, max_new_tokens=4)
-    return np.array([float(s == r["answer"]) for s, r in zip(said, rows, strict=True)])
+    completions = greedy(model, tokenizer, prompts, max_new_tokens=4)
+    return np.array([float(s == r["answer"]) for s, r in zip(completions, rows, strict=True)])
 
 
 def rewards_of(folder: Path, steps: int) -> str:
     """Mean reward of sampled completions in the first and the last `steps` steps, as text; "" for SFT."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found = [x["reward"] for x in lines if "reward" in x]
-    return f"{np.mean(found[:steps]):.3f}, {np.mean(found[-steps:]):.3f}" if found else ""
+    rewards = [x["reward"] for x in lines if "reward" in x]
+    return f"{np.mean(rewards[:steps]):.3f}, {np.mean(rewards[-steps:]):.3f}" if rewards else ""
 
 
 def main() -> None:
@@ -114,8 +114,8 @@ def main() -> None:
         quiet=True,
     )
     checked = {"reward": f"{args.output / 'checked.py'}:right"}
-    more = {"loss": "sft", "data": {"path": answered, "max_length": 16}}
-    made: dict[tuple[str, int], api.TrainResult] = {}
+    sft_settings = {"loss": "sft", "data": {"path": answered, "max_length": 16}}
+    results: dict[tuple[str, int], api.TrainResult] = {}
     for name in args.methods.split(","):
         for seed in range(args.seeds):
             result = api.train(
@@ -123,7 +123,7 @@ def main() -> None:
                     **common,
                     "model": {"path": str(sft.model), "dtype": "fp32"},
                     **(
-                        more
+                        sft_settings
                         if name == "sft"
                         else checked | {"algorithm": {"name": name, "samples": 8, "max_new_tokens": 4}}
                     ),
@@ -132,24 +132,24 @@ def main() -> None:
                 },
                 quiet=True,
             )
-            made[name, seed] = result
+            results[name, seed] = result
     # the held-out sums are used only from here on
     before = right(str(sft.model), test)
     start = share_ci(before, draws=2000)
     print(
-        f"{len(train)} training prompts, {TEST} held-out sums; {args.sft_steps} steps of SFT, then {args.steps} steps of 32 prompts x 8\n"
-        f"after SFT: {start.estimate:.3f} [{start.low:.3f}, {start.high:.3f}] of the held-out sums\n"
+        f"{len(train)} training prompts, {TEST} held-out sums; {args.sft_steps} steps of SFT, then {args.steps} steps of 32 prompts x 8 completions\n"
+        f"held-out accuracy after SFT: {start.estimate:.3f} [{start.low:.3f}, {start.high:.3f}]\n"
     )
     print(
-        "| method | seed | held out, after | change | sampled in training, first and last 20 steps |\n|---|---|---|---|---|"
+        "| method | seed | held-out accuracy | change | training reward, first and last 20 steps |\n|---|---|---|---|---|"
     )
-    for (name, seed), result in made.items():
+    for (name, seed), result in results.items():
         after = right(str(result.model), test)
-        a, gain = share_ci(after, draws=2000), after - before
-        half = 1.96 * gain.std(ddof=1) / len(gain) ** 0.5
+        accuracy, change = share_ci(after, draws=2000), after - before
+        half = 1.96 * change.std(ddof=1) / len(change) ** 0.5
         print(
-            f"| {name} | {seed} | {a.estimate:.3f} [{a.low:.3f}, {a.high:.3f}] "
-            f"| {gain.mean():+.3f} [{gain.mean() - half:+.3f}, {gain.mean() + half:+.3f}] | {rewards_of(result.folder, 20)} |"
+            f"| {name} | {seed} | {accuracy.estimate:.3f} [{accuracy.low:.3f}, {accuracy.high:.3f}] "
+            f"| {change.mean():+.3f} [{change.mean() - half:+.3f}, {change.mean() + half:+.3f}] | {rewards_of(result.folder, 20)} |"
         )
 
 

@@ -12,5 +12,5 @@ def right(completions: Sequence[Any], answer: Sequence[Any], **columns: Any) -> 
 
 
 def _last_number(text: str) -> str:
-    found = re.findall(r"-?\d+", text)
-    return found[-1] if found else ""
+    numbers = re.findall(r"-?\d+", text)
+    return numbers[-1] if numbers else ""

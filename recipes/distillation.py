@@ -25,7 +25,7 @@ from penchant.metrics.stats import bootstrap_ci
 
 STUDENTS: dict[str, dict[str, Any]] = {
     "sft on the teacher's text": {"loss": "sft"},
-    "gkd, forward KL, its text": {"algorithm": {"name": "gkd", "lambda": 0.0, "divergence": "forward_kl"}},
+    "gkd, forward KL, teacher's text": {"algorithm": {"name": "gkd", "lambda": 0.0, "divergence": "forward_kl"}},
     "gkd, JSD, half own text": {"algorithm": {"name": "gkd", "lambda": 0.5}},
     "gkd, reverse KL, own text": {"algorithm": {"name": "gkd", "lambda": 1.0, "divergence": "reverse_kl"}},
 }
@@ -33,14 +33,14 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 def interval(values: Sequence[np.ndarray], openings: np.ndarray) -> str:
     """Format the mean over seeds and continuations with its 95% interval, clustered by opening."""
-    found = bootstrap_ci(np.concatenate(values), clusters=np.tile(openings, len(values)))
-    return f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    estimate = bootstrap_ci(np.concatenate(values), clusters=np.tile(openings, len(values)))
+    return f"{estimate.estimate:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument("--teacher", type=Path, help="a demo's run folder; by default one is made")
+    parser.add_argument("--teacher", type=Path, help="run folder of `penchant demo` (default: run the demo)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -52,8 +52,8 @@ def main() -> None:
     from penchant.models.load import load_tokenizer
 
     start = str(demo.asset("model"))
-    (taught,) = (str(f) for f in args.teacher.glob("checkpoints/step-*/model"))  # the demo keeps only the last
-    tokenizer, teacher = load_tokenizer(start), demo._load(taught)
+    (teacher_folder,) = (str(f) for f in args.teacher.glob("checkpoints/step-*/model"))  # the demo keeps only the last
+    tokenizer, teacher = load_tokenizer(start), demo._load(teacher_folder)
     openings = json.loads(demo.asset("openings.json").read_text())
     written = demo._write(teacher, tokenizer, openings["train"], 1, 0, None)
     rows = [{"prompt": p, "completion": t} for p, t in zip(openings["train"], written.texts, strict=True) if t.strip()]
@@ -62,7 +62,7 @@ def main() -> None:
     models: dict[str, list[str]] = {
         "(the start)": [start],
         **{name: [] for name in STUDENTS},
-        "(the teacher)": [taught],
+        "(the teacher)": [teacher_folder],
     }
     for name, student in STUDENTS.items():
         for seed in range(args.seeds):
@@ -83,25 +83,25 @@ def main() -> None:
                 "output": str(args.output / f"{name.replace(',', '').replace(' ', '-').replace(chr(39), '')}-{seed}"),
             }
             if "algorithm" in config:
-                config |= {"teacher": {"path": taught}}
+                config |= {"teacher": {"path": teacher_folder}}
                 config["algorithm"] |= {"max_new_tokens": demo.NEW_TOKENS}
             models[name].append(str(api.train(config, quiet=True).model))
     print(
-        f"{len(rows)} openings, {args.epochs} epochs of 16 a step, lr {args.lr:g}; {len(openings['eval'])} held-out openings\n"
+        f"{len(rows)} training openings, {args.epochs} epochs, batch size 16, lr {args.lr:g}; {len(openings['eval'])} held-out openings\n"
     )
     print("| student | seeds | KL(student to teacher) | KL(teacher to student) | sentiment |\n|---|---|---|---|---|")
-    shown: Completions = demo._write(teacher, tokenizer, openings["eval"], demo.EVAL_SAMPLES, 1, None)
-    theirs = demo._logps(teacher, shown.trees)
+    teacher_completions: Completions = demo._write(teacher, tokenizer, openings["eval"], demo.EVAL_SAMPLES, 1, None)
+    teacher_logps = demo._logps(teacher, teacher_completions.trees)
     for name, folders in models.items():
-        own, back, rewards = [], [], []
+        to_teacher, from_teacher, rewards = [], [], []
         for seed, folder in enumerate(folders):
             model = demo._load(folder)
-            said = demo._write(model, tokenizer, openings["eval"], demo.EVAL_SAMPLES, 2 + seed, None)
-            assert said.rewards is not None
-            own.append(demo._logps(model, said.trees) - demo._logps(teacher, said.trees))
-            back.append(theirs - demo._logps(model, shown.trees))
-            rewards.append(said.rewards)
-        line = [interval(values, shown.prompts) for values in (own, back, rewards)]
+            completions = demo._write(model, tokenizer, openings["eval"], demo.EVAL_SAMPLES, 2 + seed, None)
+            assert completions.rewards is not None
+            to_teacher.append(demo._logps(model, completions.trees) - demo._logps(teacher, completions.trees))
+            from_teacher.append(teacher_logps - demo._logps(model, teacher_completions.trees))
+            rewards.append(completions.rewards)
+        line = [interval(values, teacher_completions.prompts) for values in (to_teacher, from_teacher, rewards)]
         print(f"| {name} | {len(folders)} | {' | '.join(line)} |", flush=True)
 
 

@@ -16,9 +16,9 @@ def main() -> None:
     task = make_task(args)
     settings = {f"lambda={v:g}": {"name": "dpo_shift", "lambda": v} for v in (1.0, 0.95, 0.75, 0.5)}
     settings |= {s: {"name": "dpo_shift", "schedule": s} for s in ("increase_linear", "decrease_linear")}
-    done = fill(args, task, "dpo_shift", selected(settings, args.only))
+    results = fill(args, task, "dpo_shift", selected(settings, args.only))
     print(task.describe(), "\n")
-    print_table("DPO-Shift", done)
+    print_table("DPO-Shift", results)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def epochs(lines: list[Line]) -> Iterator[dict[str, float | None]]:
         before = line["step"]
 
 
-def shown(values: list[float | None], digits: int) -> str:
+def mean_and_spread(values: list[float | None], digits: int) -> str:
     """Format mean and standard deviation over seeds, "" if no value is known."""
     known = [v for v in values if v is not None]
     if not known:
@@ -46,7 +46,7 @@ def shown(values: list[float | None], digits: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", type=Path)
+    parser.add_argument("sweep", type=Path, help="folder of the sweep")
     folder = parser.parse_args().sweep
     settings: dict[str, list[list[dict[str, float | None]]]] = defaultdict(list)
     for name, record in json.loads((folder / "sweep.json").read_text())["runs"].items():
@@ -59,8 +59,8 @@ def main() -> None:
     print("|---" * (4 + len(COLUMNS)) + "|")
     for setting, runs in settings.items():
         for number, of_seeds in enumerate(zip(*runs, strict=True)):
-            cells = [shown([e["loss"] for e in of_seeds], 3)]
-            cells += [shown([e[name] for e in of_seeds], digits) for name, (_, digits) in COLUMNS.items()]
+            cells = [mean_and_spread([e["loss"] for e in of_seeds], 3)]
+            cells += [mean_and_spread([e[name] for e in of_seeds], digits) for name, (_, digits) in COLUMNS.items()]
             print(f"| {setting} | {number} | {len(of_seeds)} | {' | '.join(cells)} |")
 
 

@@ -58,11 +58,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--task", choices=["demo", "hh"], default="demo")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("runs/tables"))
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the task hh")
-    parser.add_argument("--data", help="hh-rlhf harmless-base rows (JSONL), of the task hh")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: the task's own)")
-    parser.add_argument("--only", help="comma list of rows to run and print")
-    parser.add_argument("--print-only", action="store_true", help="print what is finished, run nothing")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="model for --task hh")
+    parser.add_argument("--data", help="hh-rlhf harmless-base rows (JSONL) for --task hh")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: depends on the task)")
+    parser.add_argument("--only", help="comma-separated list of rows to run and print")
+    parser.add_argument("--print-only", action="store_true", help="print finished results and run nothing")
     return parser
 
 
@@ -100,7 +100,7 @@ def _hh_task(folder: Path, model: str, data: str | None) -> Task:
     paths = {name: folder / f"{name}.jsonl" for name in ("train", "heldout", "unpaired")}
     if not paths["unpaired"].exists():
         if data is None:
-            sys.exit("--task hh needs --data: rows of Anthropic/hh-rlhf, harmless-base, as JSONL")
+            sys.exit("--task hh needs --data, a JSONL file of Anthropic/hh-rlhf, harmless-base")
         from penchant.data.load import load_preferences, prompt_text
 
         trees = load_preferences(data, on_bad_row="skip").trees
@@ -288,22 +288,22 @@ def fill(
     args: argparse.Namespace, task: Task, name: str, settings: Mapping[str, Setting], *, unpaired: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
     """Run every setting with every seed and return results by setting. The outer loop is over seeds, to interrupt evenly."""
-    done: dict[str, list[dict[str, Any]]] = {START: [], **{label: [] for label in settings}}
+    results: dict[str, list[dict[str, Any]]] = {START: [], **{label: [] for label in settings}}
     start = args.output / args.task / "start.json"
     if not start.exists() and not args.print_only:
         start.write_text(json.dumps(_measure(task, task.config, None, None)))
     before = json.loads(start.read_text()) if start.exists() else None
     if before is not None:
-        done[START].append(before)
+        results[START].append(before)
     for seed in range(args.seeds):
         for label, loss in settings.items():
             folder = folder_of(args, name, label, seed)
             measured = run_setting(task, folder, loss, seed, before, unpaired=unpaired, print_only=args.print_only)
             if measured is not None:
-                done[label].append(measured)
+                results[label].append(measured)
                 if not args.print_only:
                     print(f"{name}: {label}, seed {seed}", file=sys.stderr, flush=True)
-    return {label: rows for label, rows in done.items() if rows}
+    return {label: rows for label, rows in results.items() if rows}
 
 
 def print_table(first: str, done: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -350,8 +350,8 @@ def selected(settings: Mapping[str, Setting], only: str | None) -> dict[str, Set
     """The settings named in `only`, a comma-separated list (None: all). Exits with an error if a name is unknown."""
     if only is None:
         return dict(settings)
-    wanted = only.split(",")
-    unknown = [w for w in wanted if w not in settings]
+    names = only.split(",")
+    unknown = [w for w in names if w not in settings]
     if unknown:
-        sys.exit(f"no such row: {', '.join(unknown)}; there are {', '.join(settings)}")
-    return {w: settings[w] for w in wanted}
+        sys.exit(f"no such row: {', '.join(unknown)}; the rows are {', '.join(settings)}")
+    return {w: settings[w] for w in names}

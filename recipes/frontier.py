@@ -57,10 +57,10 @@ def settings_of(task: Task, prompts: Path, teacher: Path) -> dict[str, Mapping[s
         "data": {"path": str(prompts), "shape": "prompts"},
         "train": {"epochs": demo.SAMPLES // SAMPLES, "lr": LR},
     }
-    found: dict[str, Mapping[str, Any]] = {}
-    for method, (own, betas) in METHODS.items():
+    settings: dict[str, Mapping[str, Any]] = {}
+    for method, (sections, betas) in METHODS.items():
         for beta in betas:
-            setting = {name: {**section, "beta": beta} for name, section in own.items()}
+            setting = {name: {**section, "beta": beta} for name, section in sections.items()}
             if "algorithm" in setting:
                 setting["algorithm"] = {"samples": SAMPLES, "max_new_tokens": demo.NEW_TOKENS, **setting["algorithm"]}
                 setting |= {"reward": "sentiment", **online}
@@ -69,12 +69,12 @@ def settings_of(task: Task, prompts: Path, teacher: Path) -> dict[str, Mapping[s
                     "data": {"path": task.unpaired},
                     "train": {"batch_size": 2 * task.config["train"]["batch_size"]},
                 }
-            found[f"{method} beta={beta:g}"] = setting
-    for name, how in STUDENTS.items():
-        own = {"algorithm": {"name": "gkd", "lambda": 1.0, "max_new_tokens": demo.NEW_TOKENS, **how}}
+            settings[f"{method} beta={beta:g}"] = setting
+    for name, divergence in STUDENTS.items():
+        sections = {"algorithm": {"name": "gkd", "lambda": 1.0, "max_new_tokens": demo.NEW_TOKENS, **divergence}}
         batch = {"epochs": demo.SAMPLES, "lr": LR, "batch_size": SAMPLES * task.config["train"]["batch_size"]}
-        found[name] = {**online, **own, "train": batch, "teacher": {"path": str(teacher)}}
-    return found
+        settings[name] = {**online, **sections, "train": batch, "teacher": {"path": str(teacher)}}
+    return settings
 
 
 def method_of(label: str) -> str:
@@ -116,9 +116,7 @@ def print_frontier(done: Runs) -> None:
 
 def print_at(done: Runs) -> None:
     """Print reward at equal KL, interpolated between the start and a method's runs of each seed: mean, lowest, highest."""
-    print(
-        "\nReward at a KL of so many nats, on the lines between neighboring betas (mean of the seeds; lowest, highest):\n"
-    )
+    print("\nReward at a given KL in nats, interpolated between neighboring betas: mean over seeds (lowest, highest)\n")
     print(f"| method | {' | '.join(f'{x:g}' for x in AT)} |\n|---|{'---|' * len(AT)}")
     start = done[START][0]["reward"]
     for method in METHODS:
@@ -130,16 +128,20 @@ def print_at(done: Runs) -> None:
         cells = []
         for x in AT:
             reached = [p for points in lines.values() if max(p := sorted(points))[0] >= x]
-            at = [float(np.interp(x, *zip(*points, strict=True))) for points in reached]
+            interpolated = [float(np.interp(x, *zip(*points, strict=True))) for points in reached]
             # leave the cell empty if a seed did not reach this KL: the mean would cover the other seeds only
-            cells.append(f"{np.mean(at):.3f} ({min(at):.3f}, {max(at):.3f})" if at and len(at) == len(lines) else "")
+            cells.append(
+                f"{np.mean(interpolated):.3f} ({min(interpolated):.3f}, {max(interpolated):.3f})"
+                if interpolated and len(interpolated) == len(lines)
+                else ""
+            )
         if any(cells):
             print(f"| {method} | {' | '.join(cells)} |")
 
 
 def print_samples(done: Runs) -> None:
     """Print each method's continuations of the first two held-out openings, from its setting with the highest reward."""
-    print("\nFirst continuations of each method where its reward is highest:\n")
+    print("\nTwo continuations of each method, at its setting with the highest reward:\n")
     for method in [START, *METHODS, *STUDENTS]:
         of_method = {k: v for k, v in done.items() if method_of(k) == method and "texts" in v[0]}
         if of_method:
@@ -150,17 +152,17 @@ def print_samples(done: Runs) -> None:
 
 def hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Upper concave hull from the point with the lowest KL to the one with the highest reward."""
-    found: list[tuple[float, float]] = []
+    corners: list[tuple[float, float]] = []
     for x, y in sorted(points):
-        if found and y <= found[-1][1]:
+        if corners and y <= corners[-1][1]:
             continue  # more KL without more reward
-        while len(found) > 1:
-            (x1, y1), (x2, y2) = found[-2:]
+        while len(corners) > 1:
+            (x1, y1), (x2, y2) = corners[-2:]
             if (y2 - y1) * (x - x1) > (y - y1) * (x2 - x1):
                 break
-            found.pop()  # below the line from its neighbor to the new point
-        found.append((x, y))
-    return found
+            corners.pop()  # below the line from its neighbor to the new point
+        corners.append((x, y))
+    return corners
 
 
 def draw(done: Runs, path: Path) -> None:
@@ -175,15 +177,17 @@ def draw(done: Runs, path: Path) -> None:
     for label, runs in done.items():
         if label != START:
             points[method_of(label)] += [(r["kl"], r["reward"]) for r in runs if "stopped" not in r]
-    names = [method for method, found in points.items() if found]
-    every = [p for found in points.values() for p in found]
+    names = [method for method, of_method in points.items() if of_method]
+    all_points = [p for of_method in points.values() for p in of_method]
     halves = [names[: -(-len(names) // 2)], names[-(-len(names) // 2) :]]
     figure, axes = plt.subplots(1, 2, figsize=(12, 5), dpi=110, layout="constrained", sharey=True, sharex=True)
     # distinguishable for color-blind readers
     colors = ("#0072b2", "#56b4e9", "#009e73", "#d55e00", "#e69f00", "#cc79a7", "#555555")
-    for half, of in zip(axes, halves, strict=True):
-        half.plot(*zip(*hull([(0.0, start), *every]), strict=True), color="#cccccc", linewidth=4, label="best of all")
-        for method, color, mark in zip(of, colors, "osD^vPX", strict=False):
+    for half, methods in zip(axes, halves, strict=True):
+        half.plot(
+            *zip(*hull([(0.0, start), *all_points]), strict=True), color="#cccccc", linewidth=4, label="best of all"
+        )
+        for method, color, mark in zip(methods, colors, "osD^vPX", strict=False):
             half.scatter(*zip(*points[method], strict=True), s=22, marker=mark, color=color, alpha=0.7, label=method)
             if method in METHODS:  # students have no beta to vary
                 line = hull([(0.0, start), *points[method]])
@@ -193,25 +197,25 @@ def draw(done: Runs, path: Path) -> None:
         half.grid(alpha=0.3)
         half.legend(loc="lower right")
     axes[0].set(ylabel="mean sentiment reward (lexicon)")
-    axes[0].set_title("What each method pays for reward: runs and their hulls", loc="left")
+    axes[0].set_title("Reward against KL: runs of each method and their hulls", loc="left")
     figure.savefig(path)
 
 
 def main() -> None:
     parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--picture", type=Path, help="write the picture here (PNG or SVG)")
+    parser.add_argument("--picture", type=Path, help="write the plot to this file (PNG or SVG)")
     args = parser.parse_args()
     if args.task != "demo":
         parser.error("only --task demo has a true reward")
     task = make_task(args)
     settings = settings_of(task, write_prompts(args.output / args.task), folder_of(args, "frontier", TEACHER, 0))
-    done = fill(args, task, "frontier", selected(settings, args.only))
+    results = fill(args, task, "frontier", selected(settings, args.only))
     print(task.describe(), "\n")
-    print_frontier(done)
-    print_at(done)
-    print_samples(done)
+    print_frontier(results)
+    print_at(results)
+    print_samples(results)
     if args.picture:
-        draw(done, args.picture)
+        draw(results, args.picture)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0]).parse_args()
     task = make_task(args)
     settings = {name: {"name": name} for name in LOSSES}
-    done = fill(args, task, "losses", selected(settings, args.only))
+    results = fill(args, task, "losses", selected(settings, args.only))
     print(task.describe(), "\n")
-    print_table("loss", done)
+    print_table("loss", results)
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ def main() -> None:
         for alpha in (1.0, 0.5, 0.0)
         for beta in BETAS
     }
-    done = fill(args, task, "pmpo", selected(settings, args.only), unpaired=True)
+    results = fill(args, task, "pmpo", selected(settings, args.only), unpaired=True)
     print(task.describe(), "\n")
-    print_table("PMPO", done)
+    print_table("PMPO", results)
 
 
 if __name__ == "__main__":

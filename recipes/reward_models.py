@@ -28,7 +28,7 @@ def sentence_pairs(path: Path, folder: Path, seed: int = 0) -> dict[str, str]:
     for line in path.read_text(encoding="utf-8").splitlines():
         sentence, _, label = line.rpartition("\t")
         labels.setdefault(sentence.strip(), set()).add(label)
-    sides = [sorted(s for s, found in labels.items() if s and found == {label}) for label in ("1", "0")]
+    sides = [sorted(s for s, of_sentence in labels.items() if s and of_sentence == {label}) for label in ("1", "0")]
     for side in sides:
         random.Random(seed).shuffle(side)
     rows = [{"prompt": "Review:", "chosen": f" {a}", "rejected": f" {b}"} for a, b in zip(*sides, strict=False)]
@@ -74,25 +74,25 @@ def row(name: str, m: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="sst2_train.tsv")
+    parser.add_argument("--data", required=True, help="the sentences, such as sst2_train.tsv")
     parser.add_argument("--model", action="append", required=True, help="NAME=FOLDER or bundled; may be repeated")
-    parser.add_argument("--lr", type=float, help="default: what the kind of model says")
+    parser.add_argument("--lr", type=float, help="learning rate (default: depends on the kind of model)")
     parser.add_argument("--output", default="runs/reward-models")
     args = parser.parse_args()
     output = Path(args.output)
     data = sentence_pairs(Path(args.data), output / "sst2-pairs")
     bundled = str(Path(penchant.__file__).parent / "assets" / "model")
     lines, details = [], []
-    for given in args.model:
-        name, _, folder = given.partition("=")
-        found = train(data, name, folder or bundled, output, args.lr)
-        lines += [row(f"{name}, before", found["before"]), row(f"{name}, after", found["after"])]
-        m, a = found["manifest"], found["after"]
+    for argument in args.model:
+        name, _, folder = argument.partition("=")
+        result = train(data, name, folder or bundled, output, args.lr)
+        lines += [row(f"{name}, before", result["before"]), row(f"{name}, after", result["after"])]
+        m, a = result["manifest"], result["after"]
         rows = [m["data"][k]["rows"] for k in ("train split", "held-out split") if k in m["data"]]
         details.append(
             f"{name}: {m['model']['parameters']:,} parameters, {rows[0]:,} training pairs, {a['eval/rows']:,} held out, "
-            f"{found['steps']} steps, {m['hardware']['dtype']}; the longer answer wins {a['eval/length/longer_wins']:.3f}\n"
-            + format_quality(found["quality"])
+            f"{result['steps']} steps, {m['hardware']['dtype']}; accuracy of preferring the longer answer: {a['eval/length/longer_wins']:.3f}\n"
+            + format_quality(result["quality"])
         )
     print("| model | accuracy | loss | ECE | Brier | accuracy by quartile of length gap |")
     print("|---|---|---|---|---|---|")

@@ -37,9 +37,11 @@ def split(folder: Path, rows: Path) -> tuple[Path, Path]:
     if not validation.exists():
         lines = rows.read_text(encoding="utf-8").splitlines(keepends=True)
         openings = list(dict.fromkeys(json.loads(line)["prompt"] for line in lines))
-        held = set(openings[-VALIDATION_OPENINGS:])
-        for path, wanted in ((train, False), (validation, True)):
-            path.write_text("".join(x for x in lines if (json.loads(x)["prompt"] in held) is wanted), encoding="utf-8")
+        held_out = set(openings[-VALIDATION_OPENINGS:])
+        for path, in_validation in ((train, False), (validation, True)):
+            path.write_text(
+                "".join(x for x in lines if (json.loads(x)["prompt"] in held_out) is in_validation), encoding="utf-8"
+            )
     return train, validation
 
 
@@ -66,18 +68,18 @@ def sweep_config(folder: Path, config: Mapping[str, Any], pairs: Path, seeds: in
 
 def best_of_each(settings: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The varied keys of each method's best setting. `settings` must be sorted by the metric, best first."""
-    found: dict[str, Mapping[str, Any]] = {}
+    best: dict[str, Mapping[str, Any]] = {}
     for setting in settings:
         if setting["mean"] is not None and not setting["stopped"]:
-            found.setdefault(setting["varied"]["run"], setting["varied"])
-    return list(found.values())
+            best.setdefault(setting["varied"]["run"], setting["varied"])
+    return list(best.values())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("runs/three-methods"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="number of runs at a time")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     task = make_task(argparse.Namespace(task="demo", output=args.output, threads=None))
@@ -91,7 +93,7 @@ def main() -> int:
             for name, record in swept.runs.items()
             if {k: v for k, v in record["varied"].items() if k != "train.seed"} in chosen
         ]
-        compared = api.compare(
+        comparison = api.compare(
             *runs,
             reward="sentiment",
             prompts=200,
@@ -100,7 +102,7 @@ def main() -> int:
             data=task.config["data"]["eval_path"],
             output=args.output / "comparison",
         )
-        print(compared.to_text())
+        print(comparison.to_text())
         print(api.report(args.output / "comparison", swept.folder, output=args.output / "report.html"))
     except PenchantError as error:
         print(f"three_methods: {error}", file=sys.stderr)

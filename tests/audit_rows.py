@@ -29,15 +29,12 @@ def pair(seed: int) -> Row:
 def planted() -> list[Row]:
     rows = [pair(i) for i in range(8)]  # 1 to 8
     one, two = rows[0], rows[1]
+    # 12: nearly swapped
     rows += [
         dict(one),  # 9: a copy
         {k: edited(v) for k, v in one.items()},  # 10: a near copy
         {"prompt": two["prompt"], "chosen": two["rejected"], "rejected": two["chosen"]},  # 11: swapped
-        {
-            "prompt": edited(two["prompt"]),
-            "chosen": two["rejected"],
-            "rejected": edited(two["chosen"]),
-        },  # 12: nearly swapped
+        {"prompt": edited(two["prompt"]), "chosen": two["rejected"], "rejected": edited(two["chosen"])},
         {"prompt": text(900), "chosen": text(901), "rejected": edited(text(901))},  # 13: nearly equal answers
         {"prompt": text(910), "chosen": text(911), "rejected": text(912)},  # 14 to 16: a cycle
         {"prompt": text(910), "chosen": text(912), "rejected": text(913)},

@@ -26,9 +26,8 @@ FOUND = (
 )
 BINARY = next(filter(None, FOUND), None)
 WHY_NOT = "no chromium here: pages were not looked at in a browser"
-in_a_browser = pytest.mark.skipif(
-    BINARY is None, reason=WHY_NOT
-)  # the only reason to skip: a browser that does not start is a failure
+# the only reason to skip: a browser that does not start is a failure
+in_a_browser = pytest.mark.skipif(BINARY is None, reason=WHY_NOT)
 PATIENCE = 60.0
 KEYS = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 

@@ -160,13 +160,13 @@ _OWN: dict[str, dict[str, Any]] = {  # extra settings for single families
 }
 
 NOT_BUILT = {  # architectures without a tiny model -> why
-    "emu3": "`AutoModelForCausalLM` of transformers does not take its config",
-    "gemma3n": "its tower of images needs the package timm (its text model, gemma3n_text, is above)",
-    "gemma4_assistant": "a draft model, which reads another model's keys and values",
-    "gemma4_unified_assistant": "a draft model, which reads another model's keys and values",
-    "mllama": "`AutoModelForCausalLM` of transformers does not take its config",
-    "musicgen": "writes sound; `AutoModelForCausalLM` of transformers does not take its config",
-    "musicgen_melody": "writes sound; `AutoModelForCausalLM` of transformers does not take its config",
+    "emu3": "transformers' `AutoModelForCausalLM` does not accept its config",
+    "gemma3n": "its vision tower needs the package timm (its text model, gemma3n_text, is listed above)",
+    "gemma4_assistant": "a draft model that reads another model's keys and values",
+    "gemma4_unified_assistant": "a draft model that reads another model's keys and values",
+    "mllama": "transformers' `AutoModelForCausalLM` does not accept its config",
+    "musicgen": "generates audio; transformers' `AutoModelForCausalLM` does not accept its config",
+    "musicgen_melody": "generates audio; transformers' `AutoModelForCausalLM` does not accept its config",
 }
 
 _IMAGES = {
@@ -275,7 +275,7 @@ def judge(kind: str) -> Verdict:
         with torch.device("meta"):
             size = sum(p.numel() for p in _auto().from_config(tiny_config(kind)).parameters())
         if size > LARGEST:
-            return Verdict(kind, "unbuilt", f"{size:,} parameters at the least")
+            return Verdict(kind, "unbuilt", f"its smallest config has {size:,} parameters")
         model = tiny_model(kind)
     except Exception as error:
         return Verdict(kind, "unbuilt", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:150]}")
@@ -317,12 +317,16 @@ def _compare(kind: str, folder: str, own: Any) -> Verdict:
         return Verdict(kind, "refused", str(error).replace(folder, "MODEL"))
     model.train()
     with torch.no_grad():
-        got = torch.cat([scorer.logps(pack([t], shared=scorer.shared)).sums for t in trees])
-        both = scorer.logps(pack(trees, shared=scorer.shared)).sums
-        want = torch.stack([_own_logp(own, t.prompt_ids, c) for t in trees for c in t.completion_ids])
-    away = float(((got - want).abs() / (1 + want.abs())).max().maximum(((both - want).abs() / (1 + want.abs())).max()))
-    if not away <= CLOSE:
-        return Verdict(kind, "wrong", f"{note}; off by {away:.2g}")
+        logps = torch.cat([scorer.logps(pack([t], shared=scorer.shared)).sums for t in trees])
+        packed_logps = scorer.logps(pack(trees, shared=scorer.shared)).sums
+        expected = torch.stack([_own_logp(own, t.prompt_ids, c) for t in trees for c in t.completion_ids])
+    deviation = float(
+        ((logps - expected).abs() / (1 + expected.abs()))
+        .max()
+        .maximum(((packed_logps - expected).abs() / (1 + expected.abs())).max())
+    )
+    if not deviation <= CLOSE:
+        return Verdict(kind, "wrong", f"{note}; off by {deviation:.2g}")
     return Verdict(kind, scorer.packing, note.removeprefix("packing: "))
 
 
@@ -371,19 +375,19 @@ def page(verdicts: list[Verdict]) -> str:
     """The text of docs/models.md: its handwritten part, followed by regenerated results."""
     import transformers
 
-    written = (
+    handwritten = (
         (Path(__file__).resolve().parents[1] / "docs" / "models.md").read_text().split("\nBelow are the results")[0]
     )
     lines = [
-        written,
+        handwritten,
         f"Below are the results for every causal architecture of transformers {transformers.__version__}, with tiny random models.",
         "`python tools/architectures.py --page` tries them and prints this page.",
         "",
     ]
-    for way, head in _HEADS.items():
+    for way, intro in _HEADS.items():
         members = [v for v in verdicts if v.way == way]
         if members:
-            lines += [f"## {way.capitalize()} ({len(members)})", "", head, ""]
+            lines += [f"## {way.capitalize()} ({len(members)})", "", intro, ""]
         if way == "refused" and members:
             lines += ["| architecture | why |", "|---|---|"]
             lines += [f"| {v.kind} | {v.note.removeprefix('MODEL: ').split('; ')[0]} |" for v in members] + [""]

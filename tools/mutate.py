@@ -38,11 +38,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "tools" / "mutations.toml"
 SOURCE = Path("src/penchant")
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}  # the same as in tests/conftest.py
+# the same as in tests/conftest.py
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(
@@ -82,8 +79,8 @@ class Mutation:
             for p in sorted((root / SOURCE).rglob("*.py"))
             if p != path and self.old in p.read_text(encoding="utf-8")
         ]
-        moved = f"; it stands in {', '.join(others)}" if others else ""
-        return f"its text stands {times} times in {self.file}, not once{moved}"
+        moved = f"; it is in {', '.join(others)}" if others else ""
+        return f"its text occurs {times} times in {self.file} instead of once{moved}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +202,14 @@ def try_mutation(mutation: Mutation, copy: Path, options: argparse.Namespace) ->
         _write(path, text)
     seconds = time.monotonic() - started
     if code is None:
-        return Outcome(mutation, "killed", "the tests did not come to an end", seconds)
+        return Outcome(mutation, "killed", "the tests timed out", seconds)
     if code == 1:
         failed = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
         return Outcome(mutation, "killed", f"by {failed.group(1)}" if failed else "", seconds)
     if code == 0:
         kind = "accepted" if mutation.accepted else "survived"
         return Outcome(mutation, kind, mutation.accepted or mutation.why, seconds)
-    return Outcome(mutation, "broken", f"pytest ended with {code}: {_last_line(output)}", seconds)
+    return Outcome(mutation, "broken", f"pytest exited with code {code}: {_last_line(output)}", seconds)
 
 
 def _tests(copy: Path, tests: Sequence[str], options: argparse.Namespace, *more: str) -> tuple[int | None, str]:
@@ -234,10 +231,10 @@ def settled(log: Path | None) -> set[str]:
 def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.Namespace) -> int:
     """Try each mutation, print a line for each and a summary, and return the exit code."""
     os.environ.update(ENVIRONMENT | dict(os.environ))  # before torch is imported
-    done = settled(options.log)
-    mutations = [m for m in mutations if m.name not in done]
-    if done:
-        print(f"{len(done)} were settled before, {len(mutations)} are left", flush=True)
+    already_settled = settled(options.log)
+    mutations = [m for m in mutations if m.name not in already_settled]
+    if already_settled:
+        print(f"{len(already_settled)} already settled, {len(mutations)} left", flush=True)
     with tempfile.TemporaryDirectory(prefix="penchant-mutate-") as folder:
         copies: SimpleQueue[Path] = SimpleQueue()
         for i in range(options.jobs):
@@ -250,9 +247,9 @@ def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.N
             if code != 0:
                 print(output, "\nThe tests fail without any mutation; nothing was tried.", sep="")
                 return 1
-            print(f"without a mutation: {_last_line(output)}", flush=True)
+            print(f"without mutations: {_last_line(output)}", flush=True)
 
-        def one(mutation: Mutation) -> Outcome:
+        def run_one(mutation: Mutation) -> Outcome:
             copy = copies.get()
             try:
                 outcome = try_mutation(mutation, copy, options)
@@ -265,13 +262,13 @@ def run(mutations: Sequence[Mutation], root: Path = ROOT, *, options: argparse.N
             return outcome
 
         with ThreadPoolExecutor(options.jobs) as pool:
-            outcomes = list(pool.map(one, mutations))
+            outcomes = list(pool.map(run_one, mutations))
     kinds = [o.kind for o in outcomes]
     counts = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(("killed", "survived", *kinds)))
     print(f"\n{len(outcomes)} mutations: {counts}")
     for outcome in outcomes:
         if outcome.kind == "killed" and outcome.mutation.accepted:
-            print(f"{outcome.mutation.name} is killed now: take `accepted` out of the table")
+            print(f"{outcome.mutation.name} is killed now: remove `accepted` from the table")
     return 0 if all(o.good for o in outcomes) else 1
 
 
@@ -279,16 +276,29 @@ def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="names of mutations, or shell patterns; default: all")
-    parser.add_argument("--file", default="", help="only those in files whose path below src/penchant begins so")
-    parser.add_argument("--list", action="store_true", help="list them, run nothing")
-    parser.add_argument("--all", action="store_true", help="run the whole suite for each, not only its own tests")
+    parser.add_argument("names", nargs="*", help="names of mutations or shell patterns (default: all)")
     parser.add_argument(
-        "--jobs", type=int, default=1, help="how many at a time, each in a copy of its own (default: 1)"
+        "--file", default="", help="only mutations in files whose path below src/penchant starts with this"
     )
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds for the tests of one (default: 900)")
-    parser.add_argument("--fresh", action="store_true", help="a new Python for each: slower (--all always does)")
-    parser.add_argument("--log", type=Path, help="a file of outcomes: an interrupted run goes on after them")
+    parser.add_argument("--list", action="store_true", help="list the mutations and run nothing")
+    parser.add_argument(
+        "--all", action="store_true", help="run the whole test suite for each mutation instead of only its own tests"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="mutations to run at a time, each in its own copy (default: 1)"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=900.0,
+        help="time limit for the tests of one mutation, in seconds (default: 900)",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start a new Python for each mutation, which is slower (always on with --all)",
+    )
+    parser.add_argument("--log", type=Path, help="file to log outcomes to; a later run skips what is settled there")
     parser.add_argument("--no-check", action="store_true", help="do not test the unchanged copy first")
     return parser.parse_args(arguments)
 
@@ -298,7 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = options_of(arguments)
     mutations = chosen(read_table(), options.names, options.file)
     if not mutations:
-        print("no mutation is called that; --list shows them", file=sys.stderr)
+        print("no mutation matches; --list shows them all", file=sys.stderr)
         return 2
     if options.list:
         for m in mutations:

@@ -134,10 +134,10 @@ def interrupted(work: Work) -> Iterator[tuple[str, str]]:
 
 def steps() -> dict[str, Step]:
     """Every step by name, ordered so that the steps it needs come first."""
-    made = {n: Step((f"train {n}.yaml",), writes=(f"runs/{n}",)) for n in RUNS}
-    made["resumed"] = Step((), writes=("runs/resumed",), by_hand=interrupted)
-    made["demo"] = Step(("demo --output runs/demo",), writes=("runs/demo",))
-    made["eval"] = Step(
+    every_step = {n: Step((f"train {n}.yaml",), writes=(f"runs/{n}",)) for n in RUNS}
+    every_step["resumed"] = Step((), writes=("runs/resumed",), by_hand=interrupted)
+    every_step["demo"] = Step(("demo --output runs/demo",), writes=("runs/demo",))
+    every_step["eval"] = Step(
         (
             "eval runs/dpo --json",
             "eval runs/dpo --step 0",
@@ -153,7 +153,7 @@ def steps() -> dict[str, Step]:
         needs=("dpo", "lora", "reward-model", "rloo"),
         writes=("eval", "runs/dpo/evaluations.jsonl", "runs/lora/evaluations.jsonl"),
     )
-    made["compare"] = Step(
+    every_step["compare"] = Step(
         (
             "compare runs/dpo runs/ipo --reward sentiment --also words --prompts 6 --samples 2 --max-new-tokens 8"
             " --output comparison",
@@ -165,7 +165,7 @@ def steps() -> dict[str, Step]:
         needs=("dpo", "ipo", "simpo"),
         writes=("comparison", "comparison-2", "comparison-3"),
     )
-    made["flags"] = Step(
+    every_step["flags"] = Step(
         (
             "flags runs/dpo",
             "flags runs/ppo --json",
@@ -175,15 +175,15 @@ def steps() -> dict[str, Step]:
         ),
         needs=("dpo", "ppo"),
     )
-    made["sweep"] = Step(
+    every_step["sweep"] = Step(
         ("sweep sweep.yaml --plan", "sweep sweep.yaml", "sweep sweep.yaml --quiet", "watch runs/sweep --once"),
         writes=("runs/sweep",),
     )
-    made["pipeline"] = Step(
+    every_step["pipeline"] = Step(
         ("pipeline pipeline.yaml --plan", "pipeline pipeline.yaml", "pipeline pipeline.yaml --quiet"),
         writes=("runs/pipeline",),
     )
-    made["export"] = Step(
+    every_step["export"] = Step(
         (
             *(f"export runs/dpo --to {form} --output export/{form}" for form in ("safetensors", "pt", "gguf")),
             *(f"export runs/lora --to {form} --output export/{form}" for form in ("merged", "adapter")),
@@ -194,7 +194,7 @@ def steps() -> dict[str, Step]:
         needs=("dpo", "lora", "reward-model"),
         writes=("export",),
     )
-    made["data"] = Step(
+    every_step["data"] = Step(
         (
             "data audit pairs.jsonl",
             "data audit dirty.jsonl --json",
@@ -208,11 +208,11 @@ def steps() -> dict[str, Step]:
         writes=("fixed",),
         plain=True,
     )
-    made["plan"] = Step(
+    every_step["plan"] = Step(
         tuple(f"plan {n}.yaml --no-probe" for n in ("dpo", "lora", "ppo", "reward-model", "sft")),
         plain=True,
     )
-    made["import"] = Step(
+    every_step["import"] = Step(
         (
             "import trl.yaml --from trl --method dpo",
             "import factory.yaml --from llama-factory",
@@ -221,7 +221,7 @@ def steps() -> dict[str, Step]:
         writes=("imported.yaml",),
         plain=True,
     )
-    made["init"] = Step(
+    every_step["init"] = Step(
         tuple(
             f"init --data {data} --model model --goal {goal} --run-folder runs/{goal} --output init/{goal}.yaml"
             for data, goal in (("pairs.jsonl", "dpo"), ("unpaired.jsonl", "kto"))
@@ -229,10 +229,10 @@ def steps() -> dict[str, Step]:
         writes=("init",),
         plain=True,
     )
-    made["help"] = Step(("--help", "", *(f"{name} --help" for name in COMMANDS)), plain=True)
-    made["losses"] = Step(("losses", "losses dpo", "losses --markdown", "losses dop"), plain=True)
-    made["config"] = Step(("config", "config --markdown"), plain=True)
-    made["mistakes"] = Step(
+    every_step["help"] = Step(("--help", "", *(f"{name} --help" for name in COMMANDS)), plain=True)
+    every_step["losses"] = Step(("losses", "losses dpo", "losses --markdown", "losses dop"), plain=True)
+    every_step["config"] = Step(("config", "config --markdown"), plain=True)
+    every_step["mistakes"] = Step(
         (
             "trian dpo.yaml",
             "train nowhere.yaml",
@@ -251,7 +251,7 @@ def steps() -> dict[str, Step]:
         needs=("dpo",),
         plain=True,
     )
-    return made
+    return every_step
 
 
 def merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -304,8 +304,8 @@ def write_inputs(folder: Path, model: Path) -> None:
         "def longer(prompts, first, second):\n"
         '    return ["a" if len(a) > len(b) else "b" if len(b) > len(a) else "tie" for a, b in zip(first, second)]\n'
     )
-    for name, own in RUNS.items():
-        write_yaml(folder / f"{name}.yaml", merged({**BASE, "output": f"runs/{name}"}, own))
+    for name, overrides in RUNS.items():
+        write_yaml(folder / f"{name}.yaml", merged({**BASE, "output": f"runs/{name}"}, overrides))
     named = {"sweep": SWEEP, "pipeline": PIPELINE, "trl": TRL, "factory": LLAMA_FACTORY}
     for name, config in named.items():
         write_yaml(folder / f"{name}.yaml", config)
@@ -355,11 +355,11 @@ class Work:
             self.env["PYTHONPATH"] = os.pathsep.join(
                 str(Path(p).resolve()) for p in os.environ["PYTHONPATH"].split(os.pathsep)
             )
-        where = [sys.executable, "-c", "import penchant; print(penchant.__file__, penchant.__version__)"]
-        told = subprocess.run(
-            where, env=self.env, cwd=folder, capture_output=True, text=True, check=True
+        command = [sys.executable, "-c", "import penchant; print(penchant.__file__, penchant.__version__)"]
+        location = subprocess.run(
+            command, env=self.env, cwd=folder, capture_output=True, text=True, check=True
         ).stdout.split()
-        self.package, self.version = Path(told[0]).parent, told[1]
+        self.package, self.version = Path(location[0]).parent, location[1]
 
     def environment(self, step: str) -> dict[str, str]:
         """Environment of a step, with its own cache so that it does not depend on earlier steps."""
@@ -368,15 +368,15 @@ class Work:
     def run(self, command: str, step: str, plain: bool = False) -> str:
         """Run a command and return its exit code, stdout and stderr, masked."""
         full = [sys.executable, "-m", "penchant", *command.split()]
-        done = subprocess.run(
+        process = subprocess.run(
             full, cwd=self.folder, env=self.environment(step), capture_output=True, text=True, stdin=subprocess.DEVNULL
         )
         parts = (
-            f"$ penchant {command}\nexit code {done.returncode}",
+            f"$ penchant {command}\nexit code {process.returncode}",
             "--- stdout",
-            done.stdout,
+            process.stdout,
             "--- stderr",
-            done.stderr,
+            process.stderr,
         )
         return self.masked("\n".join(p.rstrip("\n") for p in parts) + "\n", plain)
 
@@ -389,7 +389,7 @@ class Work:
             text = pattern.sub(mask, text)
         return "\n".join(line.rstrip() for line in text.split("\n"))
 
-    def kept(self, path: Path) -> str:
+    def read(self, path: Path) -> str:
         """Read a text file and mask it. In JSON, the values of keys for times, versions and the like are masked too."""
         text = path.read_text(encoding="utf-8", errors="replace")
         if path.suffix not in (".json", ".jsonl"):
@@ -410,26 +410,26 @@ def mask_keys(value: Any) -> Any:
 
 def record(folder: Path, names: list[str], jobs: int) -> None:
     """Run the named steps and those they need, and record each in a folder below `folder`."""
-    every = steps()
-    wanted = dict.fromkeys(n for name in names for n in (*every[name].needs, name))
+    all_steps = steps()
+    to_record = dict.fromkeys(n for name in names for n in (*all_steps[name].needs, name))
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="penchant-oracle-") as temporary:
         work = Work(Path(temporary))
         write_inputs(work.folder, next(work.package.rglob("model.safetensors")).parent)
         print(f"recording {work.package} into {folder}", flush=True)
 
-        def one(name: str) -> None:
+        def run_one(name: str) -> None:
             began = time.monotonic()
-            record_step(work, every[name], folder / name)
+            record_step(work, all_steps[name], folder / name)
             print(f"{name:<18} {time.monotonic() - began:6.1f} s", flush=True)
 
         # runs are independent; the steps that compare, export or evaluate them come afterwards
-        alone = [n for n in wanted if not every[n].needs]
+        independent = [n for n in to_record if not all_steps[n].needs]
         with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(one, alone))
-        for name in wanted:
-            if name not in alone:
-                one(name)
+            list(pool.map(run_one, independent))
+        for name in to_record:
+            if name not in independent:
+                run_one(name)
 
 
 def record_step(work: Work, step: Step, folder: Path) -> None:
@@ -452,9 +452,9 @@ def record_step(work: Work, step: Step, folder: Path) -> None:
         if path.name == "manifest.json" and "checkpoints" in inside.parts:
             continue  # only holds checksums of neighboring files, which are recorded themselves
         if path.suffix in TEXT:
-            kept = folder / "files" / inside
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(work.kept(path))
+            target = folder / "files" / inside
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(work.read(path))
         else:
             sums.append(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {inside}\n")
     (folder / "sha256.txt").write_text("".join(sums))
@@ -467,12 +467,12 @@ def record_step(work: Work, step: Step, folder: Path) -> None:
 def compare(a: Path, b: Path, only: list[str] | None, lines: int) -> int:
     """Print the differences between two recordings, including steps that only one of them has. Returns the exit code."""
     different = 0
-    found = [{p.name for p in folder.iterdir() if p.is_dir()} for folder in (a, b)]
-    for name in sorted(found[0] | found[1]):
+    step_names = [{p.name for p in folder.iterdir() if p.is_dir()} for folder in (a, b)]
+    for name in sorted(step_names[0] | step_names[1]):
         if only is not None and name not in only:
             continue
-        if name not in found[0] or name not in found[1]:
-            print(f"{name}: only in {a if name in found[0] else b}")
+        if name not in step_names[0] or name not in step_names[1]:
+            print(f"{name}: only in {a if name in step_names[0] else b}")
             different += only is not None
             continue
         files = sorted({p.relative_to(f / name) for f in (a, b) for p in (f / name).rglob("*") if p.is_file()})
@@ -484,11 +484,11 @@ def compare(a: Path, b: Path, only: list[str] | None, lines: int) -> int:
             elif one.read_bytes() != other.read_bytes():
                 different += 1
                 texts = (p.read_text().splitlines() for p in (one, other))
-                shown = list(difflib.unified_diff(*texts, f"{a}/{name}/{file}", f"{b}/{name}/{file}", lineterm="", n=0))
-                print("\n".join(line[:400] for line in shown[:lines]))
-                if len(shown) > lines:
-                    print(f"... {len(shown) - lines} more lines")
-    print(f"{different} files differ" if different else "no difference")
+                diff = list(difflib.unified_diff(*texts, f"{a}/{name}/{file}", f"{b}/{name}/{file}", lineterm="", n=0))
+                print("\n".join(line[:400] for line in diff[:lines]))
+                if len(diff) > lines:
+                    print(f"... {len(diff) - lines} more lines")
+    print(f"{different} files differ" if different else "no differences")
     return 1 if different else 0
 
 
@@ -497,13 +497,17 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     recording = verbs.add_parser("record")
     recording.add_argument("folder", type=Path)
-    recording.add_argument("--jobs", type=int, default=1, help="independent steps at a time (default: 1)")
+    recording.add_argument(
+        "--jobs", type=int, default=1, help="number of independent steps to run at a time (default: 1)"
+    )
     comparing = verbs.add_parser("compare")
     comparing.add_argument("a", type=Path)
     comparing.add_argument("b", type=Path)
-    comparing.add_argument("--lines", type=int, default=12, help="of each file's difference (default: 12)")
+    comparing.add_argument(
+        "--lines", type=int, default=12, help="lines to print for each file that differs (default: 12)"
+    )
     for verb in (recording, comparing):
-        verb.add_argument("--only", help=f"steps, separated by commas, of {', '.join(steps())}")
+        verb.add_argument("--only", help=f"comma-separated list of steps, out of {', '.join(steps())}")
     args = parser.parse_args()
     names = args.only.split(",") if args.only else None
     unknown = [n for n in names or [] if n not in steps()]

@@ -66,13 +66,13 @@ def first_arena(folder: Path) -> Arena:
     rows = [(ASKED, {"dpo": GOOD, "start": DULL}), *((p, {"dpo": a, "start": b}) for p, a, b in OTHERS)]
     answers = Answers(rows, {"dpo": SOURCE, "start": SOURCE})
     for seed in count():
-        made = arena_of(
+        arena = arena_of(
             folder, "dpo-or-start", answers=answers, seed=seed, reasons=("correct", "clear", "helpful", "concise")
         )
-        item = next_item(made, "Ada")
+        item = next_item(arena, "Ada")
         if item is not None and (item.pair.prompt, item.left) == (ASKED, "a"):
-            return made
-        shutil.rmtree(made.folder)
+            return arena
+        shutil.rmtree(arena.folder)
     raise AssertionError
 
 
@@ -84,13 +84,17 @@ def world(folder: Path, demo: Path) -> None:
     judged(second, quality, 8, file=True)
     shutil.copy(demo / "pairs.jsonl", folder / "pairs.jsonl")
     rows: list[dict[str, Any]] = [
-        {"prompt": [SYSTEM, {"role": "user", "content": asked}], "chosen": [said(good)], "rejected": [said(bad)]}
-        for asked, good, bad in FILMS
+        {
+            "prompt": [SYSTEM, {"role": "user", "content": question}],
+            "chosen": [assistant_turn(good)],
+            "rejected": [assistant_turn(bad)],
+        }
+        for question, good, bad in FILMS
     ]
     (folder / "reviews.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def said(text: str) -> dict[str, str]:
+def assistant_turn(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
@@ -123,11 +127,11 @@ def a_run(browser: Browser, server: Any, folder: Path) -> None:
     }  # fmt: skip
     started = person.post("/runs/start", form)
     assert started.is_success, started.text
-    done = 0.0
-    while done < 0.7:
+    progress = 0.0
+    while progress < 0.7:
         time.sleep(2)
         show(browser, f"{server.address}runs/view?run={output}")
-        done = browser.run("+(document.querySelector('progress')?.value || 0)")
+        progress = browser.run("+(document.querySelector('progress')?.value || 0)")
     browser.wait("document.querySelectorAll('#curves canvas').length > 2")
     browser.picture(IMAGES / "studio_run.png")
     person.post("/runs/stop", {"run": output})
@@ -136,8 +140,8 @@ def a_run(browser: Browser, server: Any, folder: Path) -> None:
 
 
 def main(demo: Path) -> None:
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made) / "film"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "film"
         folder.mkdir()
         world(folder, demo)
         with studio_of(folder) as server, Browser() as browser:

@@ -40,8 +40,8 @@ def formula(names: list[str]) -> list[str]:
     for spec in (LOSSES[n] for n in names):
         lines += ["```text", f"{spec.name}: {spec.formula}", "```", ""]
         needs = [NEEDS[n] for n in sorted(spec.needs)]
-        told = [f"Needs {', '.join(needs)}." if needs else "", f"Paper: {_paper(spec.paper)}." if spec.paper else ""]
-        lines += [" ".join(t for t in told if t), ""] if any(told) else []
+        notes = [f"Needs {', '.join(needs)}." if needs else "", f"Paper: {_paper(spec.paper)}." if spec.paper else ""]
+        lines += [" ".join(t for t in notes if t), ""] if any(notes) else []
     return lines
 
 
@@ -49,16 +49,16 @@ def settings(names: list[str]) -> list[str]:
     """Table of the losses' hyperparameters with their defaults and ranges."""
     lines = ["| setting | default | meaning and range |", "|---|---|---|"]
     for name in names:
-        of = f" ({name})" if len(names) > 1 else ""
+        suffix = f" ({name})" if len(names) > 1 else ""
         rows = [(f"loss.{key}", default, meaning) for key, default, meaning in parameters(LOSSES[name])]
-        lines += [f"| `{key}`{of} | {default} | {_cell(meaning)} |" for key, default, meaning in rows]
+        lines += [f"| `{key}`{suffix} | {default} | {_cell(meaning)} |" for key, default, meaning in rows]
     return [*lines, ""] if len(lines) > 2 else ["It has no hyperparameters of its own.", ""]
 
 
 def algorithm(names: list[str]) -> list[str]:
     """Table of an algorithm's settings."""
-    wanted = " ".join(names)
-    keys: tuple[Key, ...] = next(p.keys for p in parts() if p.title == f"algorithm: {wanted}")
+    name = " ".join(names)
+    keys: tuple[Key, ...] = next(p.keys for p in parts() if p.title == f"algorithm: {name}")
     lines = ["| setting | default | meaning | takes |", "|---|---|---|---|"]
     return [*lines, *(f"| `{k.path}` | {k.default} | {_cell(k.meaning)} | {_cell(k.takes)} |" for k in keys), ""]
 
@@ -70,13 +70,13 @@ def metrics(names: list[str]) -> list[str]:
 
 def measured(names: list[str]) -> list[str]:
     """Rows of these losses from the first table in docs/results.md that has them all (printed by `recipes/loss_table.py`)."""
-    wanted = ["(before training)", *names]
+    row_names = ["(before training)", *names]
     for table in re.findall(r"^\| loss .*?(?=^```)", (DOCS / "results.md").read_text(), re.M | re.S):
         rows = table.strip().splitlines()
-        found = {row.split("|")[1].strip(): row for row in rows[2:]}
-        if found.keys() >= set(wanted):
-            return ["", *rows[:2], *(found[n] for n in wanted), ""]
-    raise KeyError(f"no table of docs/results.md has {', '.join(wanted)}")
+        row_of = {row.split("|")[1].strip(): row for row in rows[2:]}
+        if row_of.keys() >= set(row_names):
+            return ["", *rows[:2], *(row_of[n] for n in row_names), ""]
+    raise KeyError(f"no table of docs/results.md has {', '.join(row_names)}")
 
 
 def eval_page() -> str:

@@ -59,10 +59,12 @@ def tokenizer_of(template: str) -> Any:
     bytes_ = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bytes_.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(tokenizer_object=bytes_, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
-    made.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(template)))})
-    made.chat_template = template
-    return made
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bytes_, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(template)))})
+    tokenizer.chat_template = template
+    return tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +80,20 @@ class Verdict:
 def judge(template: str) -> Verdict:
     """Try a template on conversations with and without a system message, reasoning and tools."""
     tokenizer = tokenizer_of(template)
-    last, why = _made(tokenizer, {"messages": TALK}, "last")
-    every, _ = _made(tokenizer, {"messages": TALK}, "all")
+    last, why = _tokenized(tokenizer, {"messages": TALK}, "last")
+    every, _ = _tokenized(tokenizer, {"messages": TALK}, "all")
     thought = [*TALK[:3], {**TALK[3], "reasoning_content": "Count the fingers."}]
     takes = {
         "answers": why,
-        "system": _made(tokenizer, {"messages": [SYSTEM, *TALK]}, "last")[1],
-        "reasoning": _made(tokenizer, {"messages": thought}, "last")[1],
-        "tools": _made(tokenizer, {"messages": WITH_TOOLS, "tools": TOOLS}, "last")[1],
+        "system": _tokenized(tokenizer, {"messages": [SYSTEM, *TALK]}, "last")[1],
+        "reasoning": _tokenized(tokenizer, {"messages": thought}, "last")[1],
+        "tools": _tokenized(tokenizer, {"messages": WITH_TOOLS, "tools": TOOLS}, "last")[1],
     }
     ends = tokenizer.convert_ids_to_tokens(sorted(end_ids(tokenizer) - {tokenizer.eos_token_id}))
     return Verdict(takes, last, every, tuple(ends))
 
 
-def _made(tokenizer: Any, row: dict[str, Any], turns: str) -> tuple[TokenizedDataset | None, str]:
+def _tokenized(tokenizer: Any, row: dict[str, Any], turns: str) -> tuple[TokenizedDataset | None, str]:
     try:
         rows: Dataset = Stream([Row("row", row)], "rows", layout_options={"turns": turns}).load("error")
         return tokenize(rows, tokenizer, max_length=1 << 20), ""
@@ -106,11 +108,11 @@ def table(folder: Path) -> Iterator[str]:
     for path in sorted(folder.glob("*.jinja")):
         if path.stem.endswith("_training"):
             continue
-        found = judge(path.read_text(encoding="utf-8"))
-        takes = ["no" if why else "yes" for why in found.takes.values()]
-        prompt = "-" if found.last is None else ("cut" if found.last.moved_prompts else "as asked")
-        several = "-" if found.every is None else ("one by one" if found.every.apart else "in one pass")
-        ends = " ".join(f"`{e}`" for e in found.ends).replace("|", "\\|") or "EOS, added"
+        verdict = judge(path.read_text(encoding="utf-8"))
+        takes = ["no" if why else "yes" for why in verdict.takes.values()]
+        prompt = "-" if verdict.last is None else ("cut" if verdict.last.moved_prompts else "as asked")
+        several = "-" if verdict.every is None else ("one by one" if verdict.every.apart else "in one pass")
+        ends = " ".join(f"`{e}`" for e in verdict.ends).replace("|", "\\|") or "EOS, added"
         yield "| " + " | ".join([f"`{path.stem}`", *takes, prompt, several, ends]) + " |"
 
 
@@ -122,16 +124,16 @@ def main() -> None:
 
 PAGE = """# Chat templates
 
-This table says how Penchant handles each chat template that TRL 1.16 ships (`trl/chat_templates` in its wheel). `python docs/tools/templates.py
-FOLDER` prints it. It was made with a tokenizer that knows only bytes and the special tokens that the template names; a model's own tokenizer
-may define further end tokens.
+This table shows how Penchant handles each chat template that TRL 1.16 ships (`trl/chat_templates` in its wheel). `python docs/tools/templates.py
+FOLDER` prints this page. The tokenizer behind it knows only bytes and the special tokens that occur in the template; a model's own tokenizer
+may define more end tokens.
 
-- **answers, system, reasoning, tools**: whether a row with these can be trained. `no` means that it becomes a bad row, because the template
-  refuses it or leaves a part of it out.
-- **prompt**: `as asked` is what the template writes for generation; `cut` stops where the finished conversation begins to differ from that
-  ([the text](tokens.md#the-text)). Such rows are counted.
-- **several answers** (`turns: all`): learned in one pass, or one by one if the template writes earlier turns differently.
-- **ends with**: the token with which an answer is trained to end, and at which sampling stops. If there are two, one of them ends a tool call.
+- **answers, system, reasoning, tools**: whether rows that have these can be trained on. `no` means that such a row is bad, because the template
+  rejects it or leaves part of it out.
+- **prompt**: with `as asked`, the prompt is what the template writes for generation; with `cut`, it stops where the finished conversation starts
+  to differ from that ([the text](tokens.md#the-text)). Such rows are counted.
+- **several answers** (`turns: all`): trained in one pass, or one by one if the template writes earlier turns differently.
+- **ends with**: the token that ends an answer in training, and at which sampling stops. If there are two, one of them ends a tool call.
 
 {table}
 """

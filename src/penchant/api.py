@@ -86,8 +86,10 @@ def train(
     from penchant.plan import checkpointing, memory_warning
     from penchant.runs import Run
 
-    found = as_config(config, overrides, given)
-    return Run(found, quiet=quiet, look=memory_warning, checkpointing=checkpointing, callbacks=callbacks).train()
+    run_config = as_config(config, overrides, given)
+    return Run(
+        run_config, quiet=quiet, check_memory=memory_warning, checkpointing=checkpointing, callbacks=callbacks
+    ).train()
 
 
 def plan(
@@ -114,11 +116,11 @@ def plan(
         return make_plan(*load_config_with_places(config, list(overrides)), with_probe=probe, gpus=gpus)
     from penchant.plan.settings import places_in
 
-    made = as_config(config, overrides, given)
-    on_the_line = {tuple(o.partition("=")[0].strip().split(".")): "overrides" for o in overrides}
-    said = config if isinstance(config, Mapping) else made.model_dump(mode="json", exclude_unset=True)
-    places = places_in(said, "given") | on_the_line
-    return make_plan(made, places, with_probe=probe, gpus=gpus)
+    run_config = as_config(config, overrides, given)
+    overridden = {tuple(o.partition("=")[0].strip().split(".")): "overrides" for o in overrides}
+    settings = config if isinstance(config, Mapping) else run_config.model_dump(mode="json", exclude_unset=True)
+    places = places_in(settings, "given") | overridden
+    return make_plan(run_config, places, with_probe=probe, gpus=gpus)
 
 
 @shows(EvalRequest)
@@ -154,8 +156,8 @@ def evaluate(
     reward = asked.get("reward")
     if isinstance(reward, str) and reward.lstrip().startswith("{"):
         asked["reward"], _ = parse_yaml(reward, "--reward")
-    given = config if isinstance(config, (str, Path)) else as_config(config, overrides)
-    return evaluate_model(given, overrides, request_of(EvalRequest, asked, "eval"), quiet=quiet, rows=rows)
+    source = config if isinstance(config, (str, Path)) else as_config(config, overrides)
+    return evaluate_model(source, overrides, request_of(EvalRequest, asked, "eval"), quiet=quiet, rows=rows)
 
 
 def flags(path: str | Path) -> list[Flag]:
@@ -195,8 +197,8 @@ def audit(
     """
     from penchant.given import is_rows
 
-    named = _named({"data": config, "reward": reward, "check": check}, "reward", "check")
-    reward, check = named["reward"], named["check"]
+    options = _named({"data": config, "reward": reward, "check": check}, "reward", "check")
+    reward, check = options["reward"], options["check"]
     if is_rows(config):
         config = _named({"data": config}, "data")["data"]
     if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
@@ -236,10 +238,10 @@ def audit_files(
     from penchant.data.audit import audit_files as run_audit
     from penchant.data.audit import split_names
 
-    named = {**(splits or {}), **split_names([str(p) for p in paths])}
+    files = {**(splits or {}), **split_names([str(p) for p in paths])}
     counters = _own_counters(reward, check)
-    how: dict[str, Any] = {"shape": shape, "columns": columns, "limit": limit}
-    return run_audit(named, languages=languages, counters=counters, workers=workers, **how)
+    options: dict[str, Any] = {"shape": shape, "columns": columns, "limit": limit}
+    return run_audit(files, languages=languages, counters=counters, workers=workers, **options)
 
 
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
@@ -271,32 +273,32 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     r = request_of(FixRequest, {"source": source, "output": output, **asked}, "data fix")
     rules, others = default_rules(names_in(r.drop), names_in(r.keep)), [str(a) for a in r.against]
     edits = None if r.edits is None else read_edits(r.edits)
-    reading: dict[str, Any] = {
+    options: dict[str, Any] = {
         "shape": r.shape,
         "columns": r.columns,
         "overwrite": r.overwrite,
         "edits": edits,
         "workers": r.workers,
     }
-    return run_fix(r.source, r.output, drop=rules, redact=names_in(r.redact), against=others, **reading)
+    return run_fix(r.source, r.output, drop=rules, redact=names_in(r.redact), against=others, **options)
 
 
 def _own_counters(reward: str | None, check: str | None) -> list[Any]:
     """Audit counters for a reward and for a user's own function."""
     from penchant.data.audit.counters import RewardDisagreement, TextCheck
 
-    made: list[Any] = []
+    counters: list[Any] = []
     if reward is not None:
         from penchant.rewards.functions import load_reward
 
-        made.append(RewardDisagreement(reward, load_reward(reward)))
+        counters.append(RewardDisagreement(reward, load_reward(reward)))
     if check is not None:
         from penchant.base.functions import python_function
 
         if not check.rpartition(":")[0].endswith(".py"):
             raise ConfigError("check", f"{check!r} names no function", "write path.py:function")
-        made.append(TextCheck(check.rpartition(":")[2], python_function(check, "check", ("texts",))))
-    return made
+        counters.append(TextCheck(check.rpartition(":")[2], python_function(check, "check", ("texts",))))
+    return counters
 
 
 @shows(CompareRequest)
@@ -415,8 +417,8 @@ def _with_names(config: Mapping[str, Any], overrides: Sequence[str], given: Mapp
     config = set_in(config, given)
     if is_plain(config):
         return config
-    found: Mapping[str, Any] = named(config, given_folder(output_of(config, overrides)))
-    return found
+    settings: Mapping[str, Any] = named(config, given_folder(output_of(config, overrides)))
+    return settings
 
 
 def _named(asked: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -478,7 +480,7 @@ def sweep(
     from penchant.sweep import load_sweep
     from penchant.sweep.conduct import SweepConductor
 
-    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet, look=memory_warning).run()
+    return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet, check_memory=memory_warning).run()
 
 
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:

@@ -64,8 +64,8 @@ def run_demo(
     torch.set_num_threads(1)  # a model of this size runs fastest on one
     folder = Path(output)
     started = time.monotonic()
-    say = _Stages(quiet)
-    drawn = json.loads(asset("openings.json").read_text())
+    display = _Stages(quiet)
+    splits = json.loads(asset("openings.json").read_text())
     start_folder = str(asset("model"))
     tokenizer = load_tokenizer(start_folder)
     start = _load(start_folder)
@@ -73,33 +73,33 @@ def run_demo(
         _check_reviews(reviews)
     _fresh(folder)
 
-    openings, held_out = drawn["train"], drawn["eval"]
-    with say.stage(f"writing {SAMPLES} continuations of each of {len(openings)} openings") as progress:
+    openings, held_out = splits["train"], splits["eval"]
+    with display.stage(f"writing {SAMPLES} continuations of each of {len(openings)} openings") as progress:
         pairs = _make_pairs(start, tokenizer, openings, seed, progress)
         data = folder / "pairs.jsonl"
         data.write_text("".join(json.dumps(p, ensure_ascii=False) + "\n" for p in pairs))
-    say.line(f"{counted(len(pairs), 'pair')} whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
+    display.line(f"{counted(len(pairs), 'pair')} whose sentiment differs by at least {MIN_GAP} (VADER, from -1 to 1)")
 
-    writing = f"writing {EVAL_SAMPLES} continuations of {len(held_out)} held-out openings"
-    with say.stage(f"{writing}, before") as progress:
+    title = f"writing {EVAL_SAMPLES} continuations of {len(held_out)} held-out openings"
+    with display.stage(f"{title}, before") as progress:
         before = _write(start, tokenizer, held_out, EVAL_SAMPLES, seed + 1, progress)
-    with say.stage("training with DPO"):
+    with display.stage("training with DPO"):
         config: dict[str, Any] = {k: dict(v) for k, v in TRAINING.items()}
         config["data"]["path"] = str(data)
         config["train"]["seed"] = seed
         config |= {"model": {"path": start_folder, "dtype": "fp32"}, "output": str(folder)}
         result = api.train(config, quiet=quiet)
     aligned = _load(str(result.model))
-    with say.stage(f"{writing}, after") as progress:
+    with display.stage(f"{title}, after") as progress:
         after = _write(aligned, tokenizer, held_out, EVAL_SAMPLES, seed + 1, progress)
-    with say.stage("measuring perplexity and KL"):
+    with display.stage("measuring perplexity and KL"):
         results = _measure(start, aligned, tokenizer, before, after, reviews)
     results["seconds"] = round(time.monotonic() - started, 1)
     (folder / runfolder.RESULTS).write_text(json.dumps(results, indent=1))
     _write_samples(folder, held_out, before, after)
     report = write_report(folder)
-    say.results(results)
-    say.line(f"report: {report}  ({results['seconds']:.0f} s in all)")
+    display.results(results)
+    display.line(f"report: {report}  ({results['seconds']:.0f} s in all)")
     return 0 if all(h.get("met", True) for h in results["headline"]) else 1
 
 
@@ -163,12 +163,12 @@ def _write(model: Any, tokenizer: Any, openings: Sequence[str], n: int, seed: in
 
 def _make_pairs(model: Any, tokenizer: Any, openings: Sequence[str], seed: int, progress: Any) -> list[dict[str, Any]]:
     """Pairs of the best and the worst continuations of each opening, by the lexicon."""
-    written = _write(model, tokenizer, openings, SAMPLES, seed, progress)
-    assert written.rewards is not None
+    completions = _write(model, tokenizer, openings, SAMPLES, seed, progress)
+    assert completions.rewards is not None
     pairs = []
     for i, opening in enumerate(openings):
-        own = slice(i * SAMPLES, (i + 1) * SAMPLES)
-        texts, rewards = written.texts[own], written.rewards[own]
+        span = slice(i * SAMPLES, (i + 1) * SAMPLES)
+        texts, rewards = completions.texts[span], completions.rewards[span]
         order = rewards.argsort(kind="stable")
         for best, worst in zip(order[::-1][:PAIRS].tolist(), order[:PAIRS].tolist(), strict=True):
             if rewards[best] - rewards[worst] >= MIN_GAP and texts[best].strip() and texts[worst].strip():
@@ -195,10 +195,10 @@ def _measure(
     tokens = sum(map(len, after.ids))
     headline: list[dict[str, Any]] = []
 
-    def tell(name: str, **figures: Any) -> None:
+    def add_figure(name: str, **figures: Any) -> None:
         headline.append({"name": name, **figures})
 
-    tell(
+    add_figure(
         "mean sentiment reward",
         before=float(before.rewards.mean()),
         after=float(after.rewards.mean()),
@@ -208,19 +208,19 @@ def _measure(
         met=gain.estimate >= 0.3,
     )
     share, ci = wins.estimate, [wins.low, wins.high]
-    tell("win rate against the start", after=share, ci=ci, goal="above 0.75", met=share > 0.75)
+    add_figure("win rate against the start", after=share, ci=ci, goal="above 0.75", met=share > 0.75)
     sources = {"perplexity of hand-written reviews": str(asset("reviews.jsonl"))}
     if reviews is not None:
         sources["perplexity of the given reviews"] = reviews
     for name, path in sources.items():
         b, a = (_perplexity(m, tokenizer, path) for m in (start, aligned))
-        tell(name, before=b, after=a, ratio=a / b, goal="at most 1.3 times the start's", met=a / b <= 1.3)
+        add_figure(name, before=b, after=a, ratio=a / b, goal="at most 1.3 times the start's", met=a / b <= 1.3)
     ci = [per_sequence.low, per_sequence.high]
-    tell("KL(policy || start) per continuation, nats", after=per_sequence.estimate, ci=ci)
-    tell("KL(policy || start) per token, nats", after=float(kl.sum() / tokens))
-    tell("distinct-2", before=distinct_n(before.ids), after=distinct_n(after.ids))
+    add_figure("KL(policy || start) per continuation, nats", after=per_sequence.estimate, ci=ci)
+    add_figure("KL(policy || start) per token, nats", after=float(kl.sum() / tokens))
+    add_figure("distinct-2", before=distinct_n(before.ids), after=distinct_n(after.ids))
     length = float(np.mean([len(i) for i in before.ids]))
-    tell("tokens per continuation", before=length, after=tokens / len(after.ids))
+    add_figure("tokens per continuation", before=length, after=tokens / len(after.ids))
     met, openings = all(h.get("met", True) for h in headline), len(after.trees)
     verdict = (
         f"{'Every goal was met' if met else 'Not every goal was met'}: sentiment rose by {gain.estimate:.2f} "
@@ -234,8 +234,8 @@ def _logps(model: Any, trees: list[Any]) -> np.ndarray:
     from penchant.logprobs import Scorer
     from penchant.logprobs.reference import LiveReference, compute_logps
 
-    live = LiveReference(Scorer(model, "shared"))
-    result: np.ndarray = compute_logps(live, trees, tokens_per_step=4096).sums.double().numpy()
+    reference = LiveReference(Scorer(model, "shared"))
+    result: np.ndarray = compute_logps(reference, trees, tokens_per_step=4096).sums.double().numpy()
     return result
 
 
@@ -257,9 +257,9 @@ def _write_samples(
     assert before.rewards is not None and after.rewards is not None
     lines = []
     for i, opening in enumerate(openings[:count]):
-        at = i * EVAL_SAMPLES
-        rewards = {"reward_before": float(before.rewards[at]), "reward_after": float(after.rewards[at])}
-        row = {"prompt": opening, "before": before.texts[at], "after": after.texts[at], **rewards}
+        index = i * EVAL_SAMPLES
+        rewards = {"reward_before": float(before.rewards[index]), "reward_after": float(after.rewards[index])}
+        row = {"prompt": opening, "before": before.texts[index], "after": after.texts[index], **rewards}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     runfolder.write_summed(folder / runfolder.SAMPLES, "".join(lines))
 

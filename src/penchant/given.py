@@ -27,7 +27,7 @@ from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from penchant.base.files import aside_of, cache_folder, file_sha256, write_text_atomically, writing
+from penchant.base.files import cache_folder, file_sha256, temp_path, write_text_atomically, writing
 from penchant.base.functions import GIVEN
 from penchant.base.text import did_you_mean
 from penchant.data.read import calls_without_nulls
@@ -56,16 +56,15 @@ def named(value: Any, folder: Path, where: str = "") -> Any:
     parts = where.split(".")
     if value is None or isinstance(value, (str, bytes, int, float, bool, os.PathLike)):
         return value
-    if is_rows(value) and (
-        "eval_path" in parts[-2:] or parts[-1] in ("path", "data")
-    ):  # or one of several held-out sets
+    # or one of several held-out sets
+    if is_rows(value) and ("eval_path" in parts[-2:] or parts[-1] in ("path", "data")):
         return str(write_rows(value, folder, where))
     if isinstance(value, Mapping):
         # a key may be an object too: a reward with its weight
-        made = {named(k, folder, where): named(v, folder, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
-        if len(made) < len(value):
+        settings = {named(k, folder, where): named(v, folder, f"{where}.{k}".lstrip(".")) for k, v in value.items()}
+        if len(settings) < len(value):
             raise ConfigError(where, "holds objects that cannot be told apart", "give each as a function of its own")
-        return made
+        return settings
     if isinstance(value, (list, tuple)):
         return [named(v, folder, where) for v in value]
     if hasattr(value, "save_pretrained"):
@@ -116,8 +115,8 @@ def rows_of(value: Any, where: str) -> Iterator[Mapping[str, Any]]:
         for values in value.itertuples(index=False, name=None):
             yield dict(zip(names, map(_without_nan, values), strict=True))
     elif isinstance(value, Iterable):
-        table = hasattr(value, "column_names")  # a Dataset of datasets
-        for i, row in enumerate(map(calls_without_nulls, value) if table else value):
+        is_table = hasattr(value, "column_names")  # a Dataset of datasets
+        for i, row in enumerate(map(calls_without_nulls, value) if is_table else value):
             if not isinstance(row, Mapping):
                 raise DataError(f"{where}[{i}]", f"is of type {type(row).__name__}", "give a dict for each row")
             yield row
@@ -136,9 +135,9 @@ def write_rows(value: Any, folder: Path, where: str) -> Path:
     stem = re.sub(r"[^\w-]", "-", stem)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        aside = aside_of(folder / stem)
+        temp = temp_path(folder / stem)
         try:
-            with aside.open("wb") as file:
+            with temp.open("wb") as file:
                 for count, row in enumerate(rows_of(value, where), 1):
                     line = _line(row, f"{where}[{count - 1}]")
                     digest.update(line)
@@ -146,9 +145,9 @@ def write_rows(value: Any, folder: Path, where: str) -> Path:
             if not count:
                 raise DataError(where, "holds no rows", "give at least one")
             path = folder / f"{stem}-{digest.hexdigest()[:DIGITS]}.jsonl"
-            os.replace(aside, path)
+            os.replace(temp, path)
         finally:
-            aside.unlink(missing_ok=True)
+            temp.unlink(missing_ok=True)
     return path
 
 
@@ -180,20 +179,20 @@ def _plain(value: Any) -> Any:
 def write_pretrained(value: Any, folder: Path, where: str) -> Path:
     """Write a model or tokenizer with `save_pretrained`, under a name with the SHA-256 of its files."""
     kind = "model" if hasattr(value, "parameters") else "tokenizer"
-    aside = aside_of(folder / kind)
+    temp = temp_path(folder / kind)
     with writing(folder):
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir(parents=True)
         try:
-            value.save_pretrained(aside)
-            digest = _folder_sha256(aside)
+            value.save_pretrained(temp)
+            digest = _folder_sha256(temp)
             path = folder / f"{kind}-{digest[:DIGITS]}"
             if path.exists() and _folder_sha256(path) != digest:
                 shutil.rmtree(path)
             if not path.exists():
-                os.replace(aside, path)
+                os.replace(temp, path)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temp, ignore_errors=True)
     return path
 
 
@@ -234,9 +233,9 @@ def _as_file(value: Any, name: str, where: str) -> str:
         text = "" if imports is None else f"from __future__ import annotations\n\n{imports}\n\n{source}"
         if text and _runs(text, name):
             return text
-    shown = textwrap.indent(source, "# ", lambda line: True)
-    again = f"{name} was given from Python for {where}: call the function of penchant.api again with it, or put it in a file"
-    return f"# SHA-256 {_digest(value)}. Its source, for the record:\n{shown}\n\nraise RuntimeError({again!r})\n"
+    comment = textwrap.indent(source, "# ", lambda line: True)
+    message = f"{name} was given from Python for {where}: call the function of penchant.api again with it, or put it in a file"
+    return f"# SHA-256 {_digest(value)}. Its source, for the record:\n{comment}\n\nraise RuntimeError({message!r})\n"
 
 
 def _imports_of(function: FunctionType) -> str | None:
@@ -246,8 +245,8 @@ def _imports_of(function: FunctionType) -> str | None:
     if function.__closure__ or not all(d is None or isinstance(d, (bool, int, float, str)) for d in defaults):
         return None
     # annotations of keyword-only arguments are evaluated, as a loss gets its parameters from them
-    asked = [p.annotation for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    if not all(a in (inspect.Parameter.empty, bool, int, float, str, "bool", "int", "float", "str") for a in asked):
+    hints = [p.annotation for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if not all(a in (inspect.Parameter.empty, bool, int, float, str, "bool", "int", "float", "str") for a in hints):
         return None
     lines = []
     for name, value in _globals_of(function).items():
@@ -258,8 +257,8 @@ def _imports_of(function: FunctionType) -> str | None:
             return None
         if isinstance(value, ModuleType):
             lines.append(f"import {module}" + ("" if module == name else f" as {name}"))
-        elif getattr(sys.modules.get(module), own := getattr(value, "__name__", ""), None) is value:
-            lines.append(f"from {module} import {own}" + ("" if own == name else f" as {name}"))
+        elif getattr(sys.modules.get(module), original := getattr(value, "__name__", ""), None) is value:
+            lines.append(f"from {module} import {original}" + ("" if original == name else f" as {name}"))
         else:
             return None
     return "\n".join(lines)
@@ -273,18 +272,18 @@ def _globals_of(function: FunctionType) -> dict[str, Any]:
         for i in dis.get_instructions(code)
         if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")
     }
-    known = function.__globals__
-    return {n: known.get(n, _globals_of) for n in sorted(names) if n in known or not hasattr(builtins, n)}
+    namespace = function.__globals__
+    return {n: namespace.get(n, _globals_of) for n in sorted(names) if n in namespace or not hasattr(builtins, n)}
 
 
 def _runs(text: str, name: str) -> bool:
     """Whether a source runs by itself and defines `name`."""
-    space: dict[str, Any] = {"__name__": "given"}
+    namespace: dict[str, Any] = {"__name__": "given"}
     try:
-        exec(compile(text, name, "exec"), space)
+        exec(compile(text, name, "exec"), namespace)
     except Exception:
         return False
-    return callable(space.get(name))
+    return callable(namespace.get(name))
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -295,26 +294,26 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
             yield from _codes(constant)
 
 
-def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
+def _digest(value: Any, depth: int = 4, ancestors: tuple[int, ...] = ()) -> str:
     """SHA-256 of an object's behavior, as far as possible: its code, defaults, and the values that it refers to.
 
     It is the same in every process: it depends neither on the order of a set nor on whether equal texts are one object or two.
     """
     digest = hashlib.sha256(type(value).__qualname__.encode())
-    if value is _globals_of or id(value) in within:
+    if value is _globals_of or id(value) in ancestors:
         return digest.hexdigest()
-    within = (*within, id(value))
+    ancestors = (*ancestors, id(value))
     parts: Iterable[tuple[Any, Any]] = ()
     if isinstance(value, Mapping):
-        parts = [(_digest(k, depth, within), part) for k, part in value.items()]
+        parts = [(_digest(k, depth, ancestors), part) for k, part in value.items()]
     elif isinstance(value, (list, tuple)):
         parts = enumerate(value)
     elif isinstance(value, (set, frozenset)):
-        digest.update(repr(sorted(_digest(part, depth, within) for part in value)).encode())
+        digest.update(repr(sorted(_digest(part, depth, ancestors) for part in value)).encode())
     elif isinstance(value, ModuleType):
         digest.update(value.__name__.encode())
     elif hasattr(value, "detach"):  # a tensor
-        digest.update(_digest(value.detach().float().cpu().numpy(), depth, within).encode())
+        digest.update(_digest(value.detach().float().cpu().numpy(), depth, ancestors).encode())
     elif isinstance(value, (FunctionType, MethodType, functools.partial, type)) or hasattr(value, "__dict__"):
         depth -= 1
         parts = sorted(_parts_of(value).items()) if depth >= 0 else ()
@@ -324,22 +323,22 @@ def _digest(value: Any, depth: int = 4, within: tuple[int, ...] = ()) -> str:
         except Exception:  # an open file or a lock cannot be hashed
             digest.update(b"?")
     for name, part in parts:
-        digest.update(f"{name}={_digest(part, depth, within)}".encode())
+        digest.update(f"{name}={_digest(part, depth, ancestors)}".encode())
     return digest.hexdigest()
 
 
 def _parts_of(value: Any) -> dict[str, Any]:
     """What determines the behavior of a function, a class or another object."""
     if isinstance(value, FunctionType):
-        found = _globals_of(value)
+        parts = _globals_of(value)
         for i, code in enumerate(_codes(value.__code__)):
-            plain = tuple(c for c in code.co_consts if not isinstance(c, CodeType))
-            found[f"code {i}"] = (code.co_code, plain, code.co_names, code.co_varnames)
+            constants = tuple(c for c in code.co_consts if not isinstance(c, CodeType))
+            parts[f"code {i}"] = (code.co_code, constants, code.co_names, code.co_varnames)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=True):
             with suppress(ValueError):  # not set yet
-                found[name] = cell.cell_contents
-        found |= {f"default {i}": d for i, d in enumerate(value.__defaults__ or ())}
-        return found | {f"default {n}": d for n, d in (value.__kwdefaults__ or {}).items()}
+                parts[name] = cell.cell_contents
+        parts |= {f"default {i}": d for i, d in enumerate(value.__defaults__ or ())}
+        return parts | {f"default {n}": d for n, d in (value.__kwdefaults__ or {}).items()}
     if isinstance(value, MethodType):
         return {"function": value.__func__, "self": value.__self__}
     if isinstance(value, functools.partial):
@@ -347,8 +346,8 @@ def _parts_of(value: Any) -> dict[str, Any]:
     if isinstance(value, type):
         bases = [base for base in value.__bases__ if base.__module__.partition(".")[0] not in LIBRARIES]
         kinds = (FunctionType, str, int, float, tuple, list, dict, classmethod, staticmethod, property)
-        own = {n: p for n, p in vars(value).items() if isinstance(p, kinds) and n not in ("__module__", "__doc__")}
-        return own | {"bases": bases, "name": value.__qualname__}
+        members = {n: p for n, p in vars(value).items() if isinstance(p, kinds) and n not in ("__module__", "__doc__")}
+        return members | {"bases": bases, "name": value.__qualname__}
     return {"type": type(value), **vars(value)}
 
 
@@ -364,20 +363,20 @@ KEYS = {
 }
 
 
-def set_in(config: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def set_in(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
     """A config's mapping with the arguments of `KEYS` inserted.
 
     Raises:
         ConfigError: there is no such argument.
     """
-    made = dict(config)
-    for argument, value in given.items():
+    settings = dict(config)
+    for argument, value in arguments.items():
         if argument not in KEYS:
             raise ConfigError(argument, "is not an argument", did_you_mean(argument, KEYS))
         section, _, name = KEYS[argument].partition(".")
-        known = made.get(section, {})
-        made[section] = {**known, name: value} if name and isinstance(known, Mapping) else value
-    return made
+        existing = settings.get(section, {})
+        settings[section] = {**existing, name: value} if name and isinstance(existing, Mapping) else value
+    return settings
 
 
 def output_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
@@ -386,8 +385,8 @@ def output_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
     Raises:
         ConfigError: there is none.
     """
-    found = [value for key, _, value in (o.partition("=") for o in overrides) if key.strip() == "output"]
-    output = found[-1] if found else config.get("output")
+    values = [value for key, _, value in (o.partition("=") for o in overrides) if key.strip() == "output"]
+    output = values[-1] if values else config.get("output")
     if not output or not isinstance(output, (str, os.PathLike)):
         raise ConfigError("output", "is missing", "set it to the run's folder")
     return str(output)

@@ -56,25 +56,25 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
         number, value = NUMBERS.get(str(f.type).removesuffix(" | None")), asked.get(f.name)
         if number is not None and value is not None and not isinstance(value, number[0]):
             raise ConfigError(f"--{f.name.replace('_', '-')}", f"is {value!r}", f"give {number[1]}")
-    made = {f.name: _plain(asked[f.name], f.default == ()) for f in fields(kind) if f.name in asked}  # type: ignore[arg-type]
-    return kind(**made)
+    values = {f.name: _plain(asked[f.name], f.default == ()) for f in fields(kind) if f.name in asked}  # type: ignore[arg-type]
+    return kind(**values)
 
 
 def shows(kind: type) -> Callable[[F], F]:
     """Decorator that lists a request's keywords in the signature of a function that takes them as ``**asked``."""
 
-    def mark(function: F) -> F:
-        own = inspect.signature(function)
-        named = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        more = [
+    def decorate(function: F) -> F:
+        signature = inspect.signature(function)
+        own_parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        options = [
             p.replace(kind=p.KEYWORD_ONLY)
             for name, p in inspect.signature(kind).parameters.items()
-            if name not in own.parameters
+            if name not in signature.parameters
         ]
-        function.__signature__ = own.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+        function.__signature__ = signature.replace(parameters=[*own_parameters, *options])  # type: ignore[attr-defined]
         return function
 
-    return mark
+    return decorate
 
 
 def _plain(value: Any, several: bool) -> Any:
@@ -115,8 +115,8 @@ class EvalRequest:
     @property
     def bare(self) -> bool:
         """Whether only a run's own held-out metrics are requested."""
-        asked = (self.data, self.text, self.reference, self.base, self.generate, self.exact_kl, self.beta)
-        return all(value is None for value in (*asked, self.rows_output))
+        options = (self.data, self.text, self.reference, self.base, self.generate, self.exact_kl, self.beta)
+        return all(value is None for value in (*options, self.rows_output))
 
     @property
     def text_alone(self) -> bool:
@@ -132,22 +132,22 @@ class EvalRequest:
         """
         from penchant.base.files import COMPLETIONS, FIGURES, ROWS, check_output
 
-        for flag, value, least in (
+        for flag, value, minimum in (
             ("--generate", self.generate, 1),
             ("--samples", self.samples, 1),
             ("--max-new-tokens", self.max_new_tokens, 1),
             ("--seed", self.seed, 0),
         ):
-            if value is not None and value < least:
-                raise ConfigError(flag, f"is {value}", f"give at least {least}")
+            if value is not None and value < minimum:
+                raise ConfigError(flag, f"is {value}", f"give at least {minimum}")
         if not 0 <= self.temperature < float("inf"):
             raise ConfigError("--temperature", f"is {self.temperature:g}", "give 0 (the likeliest token) or more")
         if self.beta is not None and not 0 < self.beta < float("inf"):
             raise ConfigError("--beta", f"is {self.beta:g}", "give a positive number")
-        needs = {"--reward": self.reward, "--also": self.also, "--samples-output": self.samples_output}
-        idle = next((flag for flag, value in needs.items() if value), None)
-        if self.generate is None and idle is not None:
-            raise ConfigError(idle, "is about what the model writes, and nothing is generated", "add --generate 100")
+        generation_options = {"--reward": self.reward, "--also": self.also, "--samples-output": self.samples_output}
+        unused = next((flag for flag, value in generation_options.items() if value), None)
+        if self.generate is None and unused is not None:
+            raise ConfigError(unused, "is about what the model writes, and nothing is generated", "add --generate 100")
         if self.temperature == 0 and self.samples > 1:
             what = "greedy completions of one prompt are all alike"
             raise ConfigError("--samples", what, "give --temperature 1, or one sample")
@@ -160,12 +160,12 @@ class EvalRequest:
             if path is not None and not Path(path).expanduser().parent.is_dir():
                 raise ConfigError(flag, f"{Path(path).parent}: no such folder", "make it first, or give another file")
             if path is not None:
-                read = (self.data, self.text, self.base, self.reference, self.reward, *self.also)
-                check_output(path, {"--output": FIGURES, "--samples-output": COMPLETIONS}.get(flag, ROWS), read, flag)
+                inputs = (self.data, self.text, self.base, self.reference, self.reward, *self.also)
+                check_output(path, {"--output": FIGURES, "--samples-output": COMPLETIONS}.get(flag, ROWS), inputs, flag)
         for flag, path in list(files.items())[1:]:
-            same = next((f for f in files if f != flag and files[f] == path), None)
-            if path is not None and same is not None:
-                raise ConfigError(flag, f"is the file of {same}", "give another name")
+            duplicate = next((f for f in files if f != flag and files[f] == path), None)
+            if path is not None and duplicate is not None:
+                raise ConfigError(flag, f"is the file of {duplicate}", "give another name")
 
     def settings(self) -> dict[str, Any]:
         """The settings that metrics depend on, apart from model and rows, for the log."""
@@ -328,8 +328,8 @@ class GetRequest:
 
 def names_in(given: str | Sequence[str]) -> tuple[str, ...]:
     """Names as a tuple, from a sequence or from one text with commas between them."""
-    found = given.replace(" ", "").split(",") if isinstance(given, str) else given
-    return tuple(name for name in found if name)
+    names = given.replace(" ", "").split(",") if isinstance(given, str) else given
+    return tuple(name for name in names if name)
 
 
 @dataclass(frozen=True, slots=True)

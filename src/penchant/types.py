@@ -69,9 +69,9 @@ class Completion:
         """The answer with its reasoning, its calls and the following turns, for comparison and display."""
         if not (self.reasoning or self.tool_calls or self.more):
             return self.text
-        first = [self.reasoning] if self.reasoning else []
+        reasoning = [self.reasoning] if self.reasoning else []
         calls = [self.tool_calls] if self.tool_calls else []
-        return "\n".join([*first, self.text, *calls, *(f"{m.role}: {m.said}" for m in self.more)])
+        return "\n".join([*reasoning, self.text, *calls, *(f"{m.role}: {m.said}" for m in self.more)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,12 +208,12 @@ class PackedBatch:
         return self._with(lambda t: t.pin_memory())
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> PackedBatch:
-        changed: dict[str, Any] = {
+        values: dict[str, Any] = {
             f.name: change(v) if hasattr(v := getattr(self, f.name), "to") else v
             for f in fields(self)
             if f.name not in ("cache", "columns")
         }
-        return PackedBatch(**changed, columns={name: change(v) for name, v in self.columns.items()})
+        return PackedBatch(**values, columns={name: change(v) for name, v in self.columns.items()})
 
 
 # ---- losses ----
@@ -306,11 +306,11 @@ class LossOutput:
         Args:
             by: weights of all completions, of all trees, and of other units; values get the weights of their own length.
         """
-        of = {len(w): w for w in reversed(by)}
+        by_length = {len(w): w for w in reversed(by)}
 
         def weigh(pair: Weighted) -> Weighted:
             values, weights = pair
-            w = of.get(len(values)) if values.dim() else None
+            w = by_length.get(len(values)) if values.dim() else None
             return pair if w is None else (values * w, w if weights is None else weights * w)
 
         losses, weights = weigh((self.losses, self.weights))
@@ -354,8 +354,8 @@ class Scored:
                 columns[f.name] = None if any(v is None for v in values) else all(values)
             elif f.name == "shape":
                 shapes = [v for v in values if v is not None]
-                whole = len(shapes) == len(values)
-                columns[f.name] = (sum(n for n, _ in shapes), max(k for _, k in shapes)) if whole else None
+                complete = len(shapes) == len(values)
+                columns[f.name] = (sum(n for n, _ in shapes), max(k for _, k in shapes)) if complete else None
             elif f.name == "row_weights" and any(v is not None for v in values):
                 columns[f.name] = torch.cat([p.weight_of_rows for p in parts])
             else:
@@ -382,10 +382,10 @@ class Scored:
         numbers[torch.tensor(list(which), device=self.tree.device)] = torch.arange(
             len(which), dtype=self.tree.dtype, device=self.tree.device
         )
-        kept = numbers[self.tree] >= 0
+        mask = numbers[self.tree] >= 0
         values = {f.name: getattr(self, f.name) for f in fields(Scored)}
-        some = {n: v[kept] if hasattr(v, "to") else v for n, v in values.items()}
-        return Scored(**{**some, "tree": numbers[some["tree"]], "shape": None})
+        selected = {n: v[mask] if hasattr(v, "to") else v for n, v in values.items()}
+        return Scored(**{**selected, "tree": numbers[selected["tree"]], "shape": None})
 
     @property
     def is_pairs(self) -> bool:

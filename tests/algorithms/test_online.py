@@ -315,11 +315,8 @@ def test_long_prompts_lose_their_start(base: dict[str, Any], tmp_path: Path) -> 
 
 
 def test_how_far_the_policy_is_from_who_wrote_is_logged(base: dict[str, Any]) -> None:
-    base["algorithm"] |= {
-        "name": "grpo",
-        "epochs": 2,
-        "entropy_coef": 1.0,
-    }  # the entropy term moves the policy for any rewards
+    # the entropy term moves the policy for any rewards
+    base["algorithm"] |= {"name": "grpo", "epochs": 2, "entropy_coef": 1.0}
     base["train"]["epochs"] = 1
     found = [x["kl/old_new"] for x in lines(api.train(base, quiet=True).folder) if x["kind"] == "train"]
     assert abs(found[0]) < 1e-9 and found[1] > 1e-6

@@ -144,9 +144,8 @@ def test_centring_moves_the_mean_reward_to_zero(base: dict[str, Any], tmp_path: 
     middle = abs(held["eval/rewards/chosen"] + held["eval/rewards/rejected"])
     assert middle < 0.5
     off = api.train(base, "algorithm.centring=0.5", f"output={tmp_path}/off", quiet=True).after
-    assert (
-        off["eval/rewards/chosen"] != free["eval/rewards/chosen"]
-    )  # same rows, steps and start, so the difference is due to centering
+    # same rows, steps and start, so the difference is due to centering
+    assert off["eval/rewards/chosen"] != free["eval/rewards/chosen"]
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from penchant.download.convert import written_rows
 from penchant.errors import DataError
 from penchant.logprobs import Scorer
 from penchant.runs.rows import Rows
-from penchant.runs.sharing import Alone
+from penchant.runs.sharing import Uncached
 from penchant.serve.model import TemplateRefused, choose_style
 from penchant.serve.openai import ChatMessage, ChatRequest, read_request
 from penchant.training.console import console
@@ -300,7 +300,7 @@ def test_options_that_the_template_never_names_are_said(tmp_path: Path, capsys: 
         path = write_jsonl(tmp_path / "rows.jsonl", [row | more] * 2)
         data = {"path": path, "template_options": options}
         config = config_from_mapping({"model": {"path": model}, "data": data, "loss": "sft", "output": "run"})
-        _ = Rows(config, Alone(), console(quiet=False)).tokenized
+        _ = Rows(config, Uncached(), console(quiet=False)).tokenized
         assert (said in "".join(capsys.readouterr())) is told_of
 
 

@@ -39,9 +39,8 @@ def run(root: Path, tag: str) -> dict[str, torch.Tensor]:
 def pieces(world: World) -> dict[str, Any]:
     """Results that need several processes."""
     generator = torch.Generator().manual_seed(0)
-    row = torch.randn(
-        7, 4, 3, generator=generator, dtype=torch.float64
-    )  # 7 tokens of 4 heads: the last process has an empty one
+    # 7 tokens of 4 heads: the last process has an empty one
+    row = torch.randn(7, 4, 3, generator=generator, dtype=torch.float64)
     mine = my_tokens(torch.arange(7))
     filled = torch.cat([row, row.new_zeros(1, 4, 3)])[world.rank * 4 : world.rank * 4 + 4]
     heads = part_of_heads(filled, 7)

@@ -41,13 +41,8 @@ from penchant.training.optim import MasterAdamW
 from penchant.training.options import CheckpointConfig, EvalConfig
 from penchant.types import TokenTree
 
-LOSS_NAMES = (
-    "dpo",
-    "sft",
-    "kto",
-    "aot",
-    "pmpo",
-)  # on pairs, on tokens; z0 of the whole step; coupled; labeled answers
+# on pairs, on tokens; z0 of the whole step; coupled; labeled answers
+LOSS_NAMES = ("dpo", "sft", "kto", "aot", "pmpo")
 
 # whole runs of a few steps
 RUNS: dict[str, dict[str, Any]] = {

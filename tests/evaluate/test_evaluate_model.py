@@ -118,9 +118,8 @@ def test_the_start_of_a_run_and_another_reference(there: Paths) -> None:
     other = api.evaluate(there["base"], FP32, data=there["test"], reference=there["run"], quiet=True)
     run = api.evaluate(there["run"], data=there["test"], quiet=True)
     assert other["eval/ref_logps/chosen"] == pytest.approx(run["eval/logps/chosen"], rel=1e-5)
-    assert other["eval/implicit_reward/margins"] == pytest.approx(
-        -2 * run["eval/implicit_reward/margins"], rel=1e-4
-    )  # beta 1, not 0.5
+    # beta 1, not 0.5
+    assert other["eval/implicit_reward/margins"] == pytest.approx(-2 * run["eval/implicit_reward/margins"], rel=1e-4)
     # KL(base || run) is KL(run || base) with the models swapped
     assert other["eval/answers/kl/policy_ref"] == pytest.approx(run["eval/answers/kl/ref_policy"], rel=1e-4)
     plain = api.evaluate(there["run"], data=there["test"], exact_kl=False, quiet=True)

@@ -300,9 +300,8 @@ def test_as_many_rows_are_held_out_as_a_verdict_needs(rows: int, held: int) -> N
     start = propose(data, ModelFacts("m", 10**8, 512), "dpo")
     assert start.sections["data"]["validation_rows"][0] == held
     assert ("give no verdict" in start.remark) is (held < 29)
-    text = DataFacts(
-        "d", "text", "text", rows, 0, 1, (9, 9, 9, 9), (0, 0, 0, 0), "tokens"
-    )  # documents: one empty prompt
+    # documents: one empty prompt
+    text = DataFacts("d", "text", "text", rows, 0, 1, (9, 9, 9, 9), (0, 0, 0, 0), "tokens")
     assert propose(text, ModelFacts("m", 10**8, 512), "sft").sections["data"]["validation_rows"][0] == held
     # 70% of 29 pairs is distinguishable from chance, of 28 it is not
     assert wilson(int(0.7 * 29), 29).low > 0.5 >= wilson(int(0.7 * 28), 28).low

@@ -36,9 +36,8 @@ def test_group_normalized_by_hand_and_its_variants() -> None:
     assert group_normalized(r, "none").tolist() == [[-1.0, 1.0], [-4.0, 4.0]]
     spread = torch.tensor([1.0, 3.0, 0.0, 8.0], dtype=F64).std()
     assert torch.allclose(group_normalized(r, "batch", eps=0.0), group_normalized(r, "none") / spread)
-    assert group_normalized(torch.ones(1, 4)).tolist() == [
-        [0.0] * 4
-    ]  # equal rewards give zero advantage, without a division by zero
+    # equal rewards give zero advantage, without a division by zero
+    assert group_normalized(torch.ones(1, 4)).tolist() == [[0.0] * 4]
 
 
 @pytest.mark.parametrize("fn", [leave_one_out, group_normalized])

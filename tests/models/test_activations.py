@@ -65,9 +65,8 @@ def test_copies_to_the_host_do_not_wait_for_the_gpu(monkeypatch: pytest.MonkeyPa
             return func(*args, **(kwargs or {}))
 
     empty = torch.empty
-    monkeypatch.setattr(
-        torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how)
-    )  # a CPU has no page-locked memory
+    # a CPU has no page-locked memory
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **how: empty(*size, **how))
     hooks = Offloaded(torch.nn.Linear(1, 1), pin=True)
     with Copies():
         hooks.pack_hook(torch.ones(1 << 15))

@@ -269,9 +269,8 @@ def test_twenty_long_runs_stay_under_two_megabytes(tmp_path: Path) -> None:
         evaluation(s, 0.5 + s / 9000, 0.03, **{"eval/kl/policy_ref": s / 300, "eval/rewards/margins": s / 999})
         for s in range(0, 801, 100)
     ]
-    long = make_run(
-        tmp_path / "long", steps=800, evals=evals
-    )  # all have the same lines, since the page does not merge equal ones
+    # all have the same lines, since the page does not merge equal ones
+    long = make_run(tmp_path / "long", steps=800, evals=evals)
     for i in range(20):
         beta, seed = i // 2 / 10, i % 2
         run = make_run(tmp_path / "runs" / f"beta-{beta}-seed-{seed}", beta=beta, seed=seed, steps=1, samples=0)

@@ -109,7 +109,7 @@ def test_rollouts_get_the_score_of_the_reward_models_own_evaluation(trained: Any
     folder = find_reward_model(str(run.folder))
     assert folder is not None
     model = load_reward_function("reward", folder, CPU, policy)
-    assert model._same == (case in ("same tokenizer", "chat template in both"))
+    assert model._same_format == (case in ("same tokenizer", "chat template in both"))
     assert np.std(own) > 0.01
     assert model.score_trees(trees) == pytest.approx(own, abs=1e-5)
 

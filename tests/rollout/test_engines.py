@@ -93,9 +93,8 @@ def test_a_server_that_draws_as_we_do_trains_the_same_model(
     result = api.train(by_server(base, fake), quiet=True)
     alike(lines(result.folder), lines(own.folder))
     trained, by_own = ([x for x in lines(r.folder) if x["kind"] == "train"] for r in (result, own))
-    taken = [
-        x for x in trained if "skipped" not in x
-    ]  # a step may have nothing to learn from, depending on the samples
+    # a step may have nothing to learn from, depending on the samples
+    taken = [x for x in trained if "skipped" not in x]
     assert taken and all(x["grad_norm"] > 0 for x in taken)
     if algorithm["name"] != "online_dpo":
         assert all(0 <= x["rollout/logp_mismatch"] <= x["rollout/logp_mismatch_max"] < 1e-4 for x in taken)

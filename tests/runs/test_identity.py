@@ -422,9 +422,8 @@ def test_the_files_of_a_hub_id_are_part_of_a_run(tmp_path: Path, monkeypatch: py
     kept = {"config": {}, TOKENS: "1"}  # from a run that did not record them
     assert differences("Größe", 1, "data.path") == ['data.path: "Größe" -> 1']
     assert identity_changes(kept, kept | now, {}) == [] and identity_changes(kept | before, kept | now, {}) != []
-    later = {
-        k: v for k, v in before.items() if not k.endswith("generation_config.json")
-    }  # a file that is downloaded later
+    # a file that is downloaded later
+    later = {k: v for k, v in before.items() if not k.endswith("generation_config.json")}
     assert identity_changes(kept | later, kept | before, {}) == [] and len(later) < len(before)
 
 

@@ -17,7 +17,7 @@ from penchant.config import config_from_mapping, dump_config, load_config
 from penchant.errors import ConfigError, DataError, TrainingStopped
 from penchant.losses import LOSSES
 from penchant.runs import Run, TrainResult
-from penchant.runs.sharing import Shared
+from penchant.runs.sharing import ObjectCache
 from penchant.training.loop import Loop
 
 SHORT = {"samples": 0, "sample_tokens": 6}
@@ -40,17 +40,17 @@ def base(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Shared]:
+def together(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ObjectCache]:
     """A folder with model and data, and objects shared between runs as in a sweep, which changes no results (see tests/sweep)."""
     folder = tmp_path_factory.mktemp("together")
     base_in(folder)
     for keep in SIDES:
         unpaired(folder, keep)
-    return folder, Shared()
+    return folder, ObjectCache()
 
 
 @pytest.fixture
-def one_of_many(together: tuple[Path, Shared], tmp_path: Path) -> Callable[..., TrainResult]:
+def one_of_many(together: tuple[Path, ObjectCache], tmp_path: Path) -> Callable[..., TrainResult]:
     """Train one of the runs that share the model and the data."""
     folder, shared = together
 
@@ -96,7 +96,7 @@ def test_every_loss_trains_by_its_name(one_of_many: Callable[..., TrainResult], 
 @pytest.mark.parametrize("name", by_default(["kto", "bco", "pmpo", "sft"], ["kto", "sft"]))
 @pytest.mark.parametrize("keep", SIDES)
 def test_labelled_answers_and_data_of_one_side(
-    one_of_many: Callable[..., TrainResult], together: tuple[Path, Shared], name: str, keep: tuple[bool, ...]
+    one_of_many: Callable[..., TrainResult], together: tuple[Path, ObjectCache], name: str, keep: tuple[bool, ...]
 ) -> None:
     data = together[0] / f"unpaired-{'-'.join(map(str, keep))}.jsonl"
     if name == "sft" and keep == (False,):

@@ -19,7 +19,7 @@ from penchant.errors import CheckpointError, ConfigError, DataError
 from penchant.runfolder.values import sample_size
 from penchant.runs import Run
 from penchant.runs.rows import Rows
-from penchant.runs.sharing import Alone
+from penchant.runs.sharing import Uncached
 from penchant.training.console import console
 from penchant.training.loop import Paused
 from penchant.training.steps import BatchSchedule, shares_of
@@ -142,11 +142,11 @@ def test_a_mixture_on_disk_is_the_same_run_and_its_rows_are_mapped(
 
 def test_the_rows_of_each_source_are_dealt_by_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_from_mapping(_with_data(_base(tmp_path)))
-    rows = Rows(config, Alone(), console(quiet=False))
+    rows = Rows(config, Uncached(), console(quiet=False))
     assert [t.origin for t in rows.trees[0]] == [0] * 12 + [1] * 6
     assert rows.shares == ((0, 12, 4), (12, 6, 14)) and rows.datasets[0].total == 18
     assert re.search(r"that an epoch takes: 4 of \S+ \(of 12\), 14 of \S+ \(of 6\)", "".join(capsys.readouterr()))
-    held = Rows(config_from_mapping(_with_data(_base(tmp_path), validation_rows=5)), Alone(), console(quiet=True))
+    held = Rows(config_from_mapping(_with_data(_base(tmp_path), validation_rows=5)), Uncached(), console(quiet=True))
     assert sum(n for _, n, _ in held.shares) == 13 and len(held.trees[1]) == 5
 
 
@@ -180,7 +180,7 @@ def test_what_cannot_be_mixed_is_said(tmp_path: Path) -> None:
     text = write_jsonl(tmp_path / "text.jsonl", [{"text": "A tale."}])
     base |= {"loss": "sft", "data": [{"path": base["data"][0]["path"]}, {"path": text}]}
     with pytest.raises(DataError, match=r"different kinds.*pairs.*text"):
-        _ = Rows(config_from_mapping(base), Alone(), console(quiet=True)).trees
+        _ = Rows(config_from_mapping(base), Uncached(), console(quiet=True)).trees
     named = _with_data(_base(tmp_path), eval_path={"rewards": text})
     with pytest.raises(ConfigError, match="held-out set"):
-        _ = Rows(config_from_mapping(named), Alone(), console(quiet=True)).held_out_sets
+        _ = Rows(config_from_mapping(named), Uncached(), console(quiet=True)).held_out_sets

@@ -24,7 +24,7 @@ from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.report import headline
 from penchant.runfolder import write_summed
 from penchant.runs import Run, evaluating
-from penchant.runs.sharing import Shared
+from penchant.runs.sharing import ObjectCache
 from penchant.training.loop import Loop
 
 
@@ -303,7 +303,7 @@ OPTIONS = (
 def test_no_option_is_silently_ignored(base: dict[str, Any]) -> None:
     """Each option, if not at its default, gives other weights after two steps of three."""
     base["train"] |= {"max_steps": 3, "threads": 1}
-    shared = Shared()
+    shared = ObjectCache()
 
     def trained(*overrides: str) -> torch.Tensor:
         lora = {"lora": {"r": 4, "alpha": 16}} if any(o.startswith("lora") for o in overrides) else {}

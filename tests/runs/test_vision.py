@@ -114,9 +114,8 @@ def test_dpo_is_its_formula_and_the_vision_tower_stays(folder: Path, tmp_path: P
     lengths = [len(r["chosen"][0]["content"]) + 1 for r in rows]
     assert figures["eval/perplexity/chosen"] == pytest.approx(math.exp(-sum(own) / sum(lengths)), rel=1e-4)
     assert figures["eval/logps/chosen"] == pytest.approx(sum(own) / len(own), rel=1e-5)
-    assert not any(
-        "prompts with answers" in note and ": 3" in note for note in figures["notes"]
-    )  # one question with six pictures makes six prompts
+    # one question with six pictures makes six prompts
+    assert not any("prompts with answers" in note and ": 3" in note for note in figures["notes"])
 
 
 def test_an_adapter_is_of_the_language_model_and_a_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:

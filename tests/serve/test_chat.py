@@ -219,9 +219,8 @@ def test_what_fits_is_the_longest_that_does(models: list[ChatModel]) -> None:
     assert 0 < found.dropped < 6 and len(found.ids) + 100 <= chat_model.context
     assert len(chat_model.encode_messages(talk.messages("now", found.dropped - 1))) + 100 > chat_model.context
     assert found.ids == chat_model.encode_messages(talk.messages("now", found.dropped))
-    assert (
-        fit_prompt(chat_model, talk, "x" * 400, 100).room < 100
-    )  # the answer is shortened before the message is refused
+    # the answer is shortened before the message is refused
+    assert fit_prompt(chat_model, talk, "x" * 400, 100).room < 100
     with pytest.raises(TooLong, match="nothing was sent"):
         fit_prompt(chat_model, talk, "x" * 600, 100)
     _, _, notes = _session([chat_model], ["x" * 600])
@@ -278,9 +277,8 @@ def test_both_models_leave_out_the_same_turns(models: list[ChatModel], asked: li
     small = ChatModel("small", models[1].model, models[1].tokenizer, models[1].style, models[1].eos_token_ids, 300)
     chat, _, _ = _session([models[0], small], [c * 60 for c in "abcd"], tokens=20)
     assert chat.last is not None and chat.last.dropped > 0
-    assert (
-        asked[-2] == asked[-1] and len(asked[-1]) == 2 * (3 - chat.last.dropped) + 1
-    )  # the larger one's, then the smaller one's
+    # the larger one's, then the smaller one's
+    assert asked[-2] == asked[-1] and len(asked[-1]) == 2 * (3 - chat.last.dropped) + 1
     assert chat.conversation.prompt_row("x", chat.last.dropped)[0]["content"][0] != "a"
 
 

@@ -67,9 +67,8 @@ def test_files_and_their_pages(client: TestClient, folder: Path) -> None:
     assert "Question 33?" in client.get("/data/view?file=rows.jsonl&q=good+33").text
     with (folder / "rows.jsonl").open("a") as out:
         out.write(json.dumps(row(51)) + "\n")
-    assert (
-        "Question 51?" in client.get("/data/view?file=rows.jsonl&line=51").text
-    )  # the file has changed, so it is reopened
+    # the file has changed, so it is reopened
+    assert "Question 51?" in client.get("/data/view?file=rows.jsonl&line=51").text
 
 
 def test_a_row_of_several_is_not_offered_for_edits_that_no_copy_can_have(client: TestClient, folder: Path) -> None:

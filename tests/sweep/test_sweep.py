@@ -21,7 +21,7 @@ from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
 from penchant.runfolder import write_summed
-from penchant.runs.sharing import Alone, Shared
+from penchant.runs.sharing import ObjectCache, Uncached
 from penchant.sweep import Sweep, load_sweep
 from penchant.sweep import workers as sweep_jobs
 from penchant.sweep.conduct import SweepConductor
@@ -184,7 +184,7 @@ def test_nothing_to_sweep(tmp_path: Path) -> None:
 
 
 def test_shared_things_are_made_once_and_handed_out_unshared() -> None:
-    shared = Shared(kept=2)
+    shared = ObjectCache(kept=2)
     calls: list[int] = []
 
     def make() -> list[int]:
@@ -202,7 +202,7 @@ def test_shared_things_are_made_once_and_handed_out_unshared() -> None:
     assert len(calls) == before
     shared.once(("model", 2), make)
     assert len(calls) == before + 1
-    assert Alone().once(("rows", 1), make) is not Alone().once(("rows", 1), make)
+    assert Uncached().once(("rows", 1), make) is not Uncached().once(("rows", 1), make)
 
 
 def base_in(folder: Path) -> dict[str, Any]:
@@ -272,7 +272,7 @@ def test_a_run_in_a_sweep_is_the_run_by_itself_bit_for_bit(
     }
     sweep = load_sweep(base)
     looked: list[str] = []
-    conductor = SweepConductor(sweep, quiet=True, look=lambda run: looked.append(run.config.model.dtype))
+    conductor = SweepConductor(sweep, quiet=True, check_memory=lambda run: looked.append(run.config.model.dtype))
     conductor.run()
     assert sorted(looked) == ["bf16", *["fp32"] * 5]  # once per model, adapter, method and reference
     made = conductor.shared.made
@@ -482,7 +482,7 @@ class InProcess:
     """A worker without a process that takes and returns the same messages as a real one."""
 
     def __init__(self, cores: list[int], quiet: bool) -> None:
-        self.shared = Shared()
+        self.shared = ObjectCache()
 
     def train(self, run: Any, pause_at: int | None = None) -> Any:
         return json.loads(json.dumps(train_order(order_json(run, pause_at), self.shared)))

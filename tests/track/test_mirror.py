@@ -113,9 +113,8 @@ def test_a_tracker_that_fails_costs_a_warning_and_its_time_limit(
 ) -> None:
     monkeypatch.setenv("FAKE_API_KEY", "abcdef-not-to-be-seen")
     run, said = make_run(tmp_path / "run", done=2), list[str]()
-    mirrors = _mirrors(
-        run, fake, said, timeout=1.0 if fake == "Hangs" else 120.0
-    )  # starting one takes a second on a slow machine
+    # starting one takes a second on a slow machine
+    mirrors = _mirrors(run, fake, said, timeout=1.0 if fake == "Hangs" else 120.0)
     started = time.monotonic()
     mirrors.begin(anew=True)
     process = mirrors.mirrors[0].process

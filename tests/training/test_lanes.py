@@ -268,9 +268,8 @@ def test_passes_share_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     loads = [sum(sizes[i] for i in members) for members in plan]
     assert max(loads) <= 512 and len(plan) % 4 == 0 and loads == sorted(loads, reverse=True)
     assert max_concurrent_passes(loads, 2048, 16) == 4 and max_concurrent_passes(loads, 2048, 2) == 2
-    assert (
-        len(plan_passes([100] * 4, 4096, True)) == 2
-    )  # LEAST_TOKENS would give three passes, which two threads cannot split evenly
+    # LEAST_TOKENS would give three passes, which two threads cannot split evenly
+    assert len(plan_passes([100] * 4, 4096, True)) == 2
     assert len(plan_passes([100] * 4, 4096, True, 2)) == 1 and len(plan_passes(sizes, 2048, True, 2)) == 8
     # a tree that fills the budget gets all threads
     assert max_concurrent_passes([2000], 2048, 16) == 1

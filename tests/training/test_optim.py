@@ -18,11 +18,8 @@ from penchant.training.options import TrainConfig
 
 EIGHT_BIT = ["adamw_8bit", "paged_adamw_8bit"]
 KINDS = ["adamw", *EIGHT_BIT, "adafactor", "muon", "sgd"]
-SHAPES = {
-    "layers.0.w": (80, 64),
-    "layers.0.norm": (64,),
-    "embed.weight": (9, 4),
-}  # the first is large enough for 8 bits
+# the first is large enough for 8 bits
+SHAPES = {"layers.0.w": (80, 64), "layers.0.norm": (64,), "embed.weight": (9, 4)}
 RATE = 0.05
 
 

@@ -53,9 +53,8 @@ def test_means_are_over_everything_and_not_over_batches() -> None:
     for part in (_output([2.0, 4.0], [1.0, 3.0], [1.0, 1.0]), _output([9.0], [6.0], [1.0])):
         totals.add(part)
     means = totals.means("eval/")
-    assert means["eval/loss"] == pytest.approx(
-        15 / 10
-    )  # sums over tokens; the mean of the batches' means would be 1.5 and 1.5
+    # sums over tokens; the mean of the batches' means would be 1.5 and 1.5
+    assert means["eval/loss"] == pytest.approx(15 / 10)
     assert means["eval/rows"] == pytest.approx(15 / 3)
     assert "eval/loss/bad" not in means  # without a single example
 

@@ -49,12 +49,12 @@ def find_algorithm(name: str, where: str = "algorithm.name") -> type[AlgorithmCo
 @functools.lru_cache(maxsize=16)
 def _load_own_algorithm(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
     """Cached by file content: `sha256` is an argument so that an edited file is loaded again."""
-    found = python_object(name, where, "class")
-    if not inspect.isclass(found) or not issubclass(found, AlgorithmConfig):
+    section = python_object(name, where, "class")
+    if not inspect.isclass(section) or not issubclass(section, AlgorithmConfig):
         raise ConfigError(where, f"{name} is not an AlgorithmConfig", "docs/own_algorithms.md has an example")
-    if found.build is Method.build:
+    if section.build is Method.build:
         raise ConfigError(where, f"{name} has no method build(parts)", "docs/own_algorithms.md has an example")
-    return found
+    return section
 
 
 __all__ = ["ALGORITHMS", "AlgorithmConfig", "Method", "find_algorithm"]

@@ -60,15 +60,15 @@ class GKDConfig(SamplingConfig):
 
     @property
     def idle(self) -> dict[str, str]:
-        why = "with gkd, which samples by itself; leave it out"
-        found = dict.fromkeys((f"rollout.{name}" for name in RolloutConfig.model_fields), why)
-        found["data.weight"] = "with gkd, which does not weight rows; leave it out"
+        reason = "with gkd, which samples by itself; leave it out"
+        reasons = dict.fromkeys((f"rollout.{name}" for name in RolloutConfig.model_fields), reason)
+        reasons["data.weight"] = "with gkd, which does not weight rows; leave it out"
         if self.divergence != "jsd":
-            found["beta"] = "on a KL; set divergence: jsd, or leave {} out"
+            reasons["beta"] = "on a KL; set divergence: jsd, or leave {} out"
         if not self.lam:
-            written = ("max_new_tokens", "top_p", "min_p", "top_k", "repetition_penalty")
-            found |= dict.fromkeys(written, "where lambda is 0 and the policy writes nothing; leave it out")
-        return found
+            sampling_keys = ("max_new_tokens", "top_p", "min_p", "top_k", "repetition_penalty")
+            reasons |= dict.fromkeys(sampling_keys, "where lambda is 0 and the policy writes nothing; leave it out")
+        return reasons
 
     @property
     def signal(self) -> Signal:
@@ -99,12 +99,12 @@ class GKDConfig(SamplingConfig):
     def build(self, parts: Parts) -> GKD:
         teacher, config = parts.live_reference, parts.config
         parts.scorer.temperature = teacher.scorer.temperature = self.temperature
-        own, other = (_vocabulary(model) for model in (parts.model, teacher.scorer.model))
-        if other < own:
-            what = f"has {other:,} rows in its head and the student {own:,}"
+        policy_size, teacher_size = (_vocabulary(model) for model in (parts.model, teacher.scorer.model))
+        if teacher_size < policy_size:
+            what = f"has {teacher_size:,} rows in its head and the student {policy_size:,}"
             raise ConfigError("teacher.path", what, "take a teacher with at least as many (resize_token_embeddings)")
         writer = Writer(parts.model, parts.tokenizer, None, self, config.train.seed, parts.engine)
-        return GKD(parts.scorer, teacher, writer, self, own if other > own else None)
+        return GKD(parts.scorer, teacher, writer, self, policy_size if teacher_size > policy_size else None)
 
     def evaluate(self, held_out: EvaluationContext) -> dict[str, Any]:
         """The divergence on the held-out answers, or on the policy's own if the data has only prompts."""
@@ -115,15 +115,15 @@ class GKDConfig(SamplingConfig):
         if self.signal == "tokens":
             scored, trees = held_out.scored(algorithm)
             return heldout_metrics(algorithm, scored, trees) | held_out.completions()
-        written, *_ = algorithm.writer.written(held_out.parts.trees[1], EVALUATION_ITERATION, 1)
+        answers, *_ = algorithm.writer.written(held_out.parts.trees[1], EVALUATION_ITERATION, 1)
         scored, order = score_heldout(
             algorithm,
-            written,
+            answers,
             shared=algorithm.scorer.shared,
             tokens_per_step=held_out.budget,
             device=held_out.parts.device,
         )
-        return heldout_metrics(algorithm, scored, [written[i] for i in order])
+        return heldout_metrics(algorithm, scored, [answers[i] for i in order])
 
 
 def _vocabulary(model: Any) -> int:
@@ -158,40 +158,42 @@ class GKD(Algorithm):
 
     @property
     def kind(self) -> divergences.DivergenceKind:
-        how = self.config.divergence
-        if how == "jsd":
+        divergence = self.config.divergence
+        if divergence == "jsd":
             return divergences.DivergenceKind("js", js_beta=self.config.beta)
-        return divergences.DivergenceKind("kl", "ref_policy" if how == "forward_kl" else "policy_ref")
+        return divergences.DivergenceKind("kl", "ref_policy" if divergence == "forward_kl" else "policy_ref")
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Replace the answers of a fraction `lambda` of the rows (drawn from seed and step) with the policy's own."""
         if not self.samples_answers:
             return trees
         rng = np.random.default_rng([self.writer.seed, step])
-        wanted = self.config.lam * len(trees)
-        count = int(wanted) + int(rng.random() < wanted - int(wanted))
-        own = sorted(rng.permutation(len(trees))[:count].tolist())
-        made = self.writer.written([trees[i] for i in own], step, 1)[0] if own else []
+        expected_count = self.config.lam * len(trees)
+        count = int(expected_count) + int(rng.random() < expected_count - int(expected_count))
+        indices = sorted(rng.permutation(len(trees))[:count].tolist())
+        answers = self.writer.written([trees[i] for i in indices], step, 1)[0] if indices else []
         self._values = {"gkd/on_policy": count / len(trees)}
-        if made:
-            self._values["completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in made]))
-            self._values["completions/ended"] = 1.0 - float(np.mean([t.truncated[0] for t in made]))
-        found = dict(zip(own, made, strict=True))
-        return [found.get(i, t) for i, t in enumerate(trees)]
+        if answers:
+            self._values["completions/length"] = float(np.mean([len(t.completion_ids[0]) for t in answers]))
+            self._values["completions/ended"] = 1.0 - float(np.mean([t.truncated[0] for t in answers]))
+        by_index = dict(zip(indices, answers, strict=True))
+        return [by_index.get(i, t) for i, t in enumerate(trees)]
 
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         return {"main": float(batch.lengths.sum())}
 
     def score(self, batch: PackedBatch) -> Scored:
-        theirs = self.teacher.row_logits(batch)
-        made = self.scorer.divergence(batch, theirs if self.rows is None else _first(theirs, self.rows), self.kind)
-        assert made.divergence is not None and made.ref_tokens is not None
-        sums = [logprobs.per_completion(v, batch.lengths) for v in (made.ref_tokens, made.divergence)]
+        teacher_logits = self.teacher.row_logits(batch)
+        policy = self.scorer.divergence(
+            batch, teacher_logits if self.rows is None else _first(teacher_logits, self.rows), self.kind
+        )
+        assert policy.divergence is not None and policy.ref_tokens is not None
+        sums = [logprobs.per_completion(v, batch.lengths) for v in (policy.ref_tokens, policy.divergence)]
         return Scored(
             tree=batch.completion_tree,
             slot=batch.completion_slot,
-            lengths=batch.lengths.to(made.sums.dtype),
-            policy_logps=made.sums,
+            lengths=batch.lengths.to(policy.sums.dtype),
+            policy_logps=policy.sums,
             ref_logps=sums[0],
             divergence=sums[1],
             pairs=batch.pairs,
@@ -212,7 +214,7 @@ class GKD(Algorithm):
 def _first(logits: RowLogits, rows: int) -> RowLogits:
     """Restrict logits to the first `rows` tokens; further rows of a head are only padding."""
 
-    def few(part: slice) -> Tensor:
+    def truncated(part: slice) -> Tensor:
         return logits(part)[:, :rows]
 
-    return few
+    return truncated

@@ -101,15 +101,17 @@ class GroupConfig(OnlineConfig):
 
     @property
     def idle(self) -> dict[str, str]:
-        found = self.of_later_updates("clip", "clip_high", "clip_dual", own=PRESETS.get(self.name, {}))
-        found |= dict.fromkeys(IDLE.get(self.name, ()), f"with {self.name}; leave it out")
+        reasons = self.of_later_updates("clip", "clip_high", "clip_dual", own=PRESETS.get(self.name, {}))
+        reasons |= dict.fromkeys(IDLE.get(self.name, ()), f"with {self.name}; leave it out")
         if self.name == "cispo" and self.clip_high is not None:
-            found["clip"] = "with cispo, which has an upper clip alone; set clip_high"
+            reasons["clip"] = "with cispo, which has an upper clip alone; set clip_high"
         if not self.kl_weight:
-            found |= dict.fromkeys(("kl_in", "kl_estimator"), "where beta is 0; set beta, or leave {} out")
+            reasons |= dict.fromkeys(("kl_in", "kl_estimator"), "where beta is 0; set beta, or leave {} out")
         if self.name != "reinforce_pp":
-            found["group_baseline"] = f"with {self.name}, which compares completions of one prompt anyway; leave it out"
-        return found
+            reasons["group_baseline"] = (
+                f"with {self.name}, which compares completions of one prompt anyway; leave it out"
+            )
+        return reasons
 
     @property
     def least_samples(self) -> int:  # type: ignore[override]
@@ -181,25 +183,25 @@ class GroupPolicyGradient(OnPolicy):
         groups = self.writer.write(prompts, iteration)
         if not cfg.dynamic_sampling:
             return groups
-        used = {t.row for t in prompts}
-        good = [g for g in groups if self.teaches(g)]
+        used_rows = {t.row for t in prompts}
+        informative = [g for g in groups if self.teaches(g)]
         sampled = list(groups)
         for attempt in range(cfg.dynamic_sampling):
-            missing = len(groups) - len(good)
-            rng = np.random.default_rng([self.writer.seed, iteration, attempt, len(used)])
-            candidates = rng.permutation(len(self.pool))[: missing + len(used)] if missing else ()
-            others = [t for i in candidates if (t := self.pool[int(i)]).row not in used][:missing]
-            if not others:
+            missing = len(groups) - len(informative)
+            rng = np.random.default_rng([self.writer.seed, iteration, attempt, len(used_rows)])
+            candidates = rng.permutation(len(self.pool))[: missing + len(used_rows)] if missing else ()
+            new_prompts = [t for i in candidates if (t := self.pool[int(i)]).row not in used_rows][:missing]
+            if not new_prompts:
                 break
-            replacements = self.writer.write(others, iteration)
-            used |= {t.row for t in others}
+            replacements = self.writer.write(new_prompts, iteration)
+            used_rows |= {t.row for t in new_prompts}
             sampled += replacements
-            good += [g for g in replacements if self.teaches(g)]
+            informative += [g for g in replacements if self.teaches(g)]
         # if no group has a signal, keep the first ones: the step is empty, and its line reports the rollouts
-        found = good or groups
+        selected = informative or groups
         # metrics over everything sampled, as those of the kept prompts alone would misrepresent the policy
-        metrics = rollout_reward_metrics(sampled) | {"dynamic_sampling/kept": len(good) / len(sampled)}
-        return [replace(g, logged={**g.logged, **metrics}) for g in found]
+        metrics = rollout_reward_metrics(sampled) | {"dynamic_sampling/kept": len(informative) / len(sampled)}
+        return [replace(g, logged={**g.logged, **metrics}) for g in selected]
 
     def teaches(self, group: Group) -> bool:
         if not OnPolicy.teaches(self, group):
@@ -229,11 +231,11 @@ class GroupPolicyGradient(OnPolicy):
             passes.append(lambda batch: {"old": references.LiveReference(self.scorer).token_logps(batch)})
         score_groups(groups, passes, self.scorer, self.tokens_per_step, self.side_by_side)
         for g in groups:
-            drift = g.extras["old"] - g.extras["ref"]
-            g.extras["kl"] = _sums(drift, g).double()
-        keep = completion_masks(groups, cfg.overlong_filter)
+            log_ratio = g.extras["old"] - g.extras["ref"]
+            g.extras["kl"] = _sums(log_ratio, g).double()
+        masks = completion_masks(groups, cfg.overlong_filter)
         if cfg.name == "reinforce_pp":
-            self._normalize_over_the_batch(groups, keep)
+            self._normalize_over_the_batch(groups, masks)
         else:
             rewards = torch.stack([g.rewards for g in groups])
             if cfg.kl_in_reward:
@@ -242,7 +244,7 @@ class GroupPolicyGradient(OnPolicy):
             advantages = leave_one_out(rewards) if cfg.name == "rloo" else group_normalized(rewards, cfg.scale_rewards)
             for g, a in zip(groups, advantages, strict=True):
                 g.extras["advantages"] = a
-        for g, mask in zip(groups, keep or [], strict=False):
+        for g, mask in zip(groups, masks or [], strict=False):
             g.extras["keep"] = mask
 
     def _kl(self, group: Group) -> Tensor:
@@ -253,25 +255,25 @@ class GroupPolicyGradient(OnPolicy):
     def _normalize_over_the_batch(self, groups: list[Group], keep: list[Tensor] | None) -> None:
         """REINFORCE++: per-token advantages, including the KL from each token on, whitened over all tokens in the update."""
         cfg = self.config
-        parts = []
+        token_rewards = []
         for g in groups:
             rewards = g.rewards - g.rewards.nanmean() if cfg.group_baseline else g.rewards
             lengths = torch.tensor(_lengths(g))
             per_token = rewards.nan_to_num().repeat_interleave(lengths)
             if cfg.kl_in_reward and cfg.kl_weight:
                 per_token = per_token - cfg.kl_weight * kl_to_go(self._kl(g), lengths)
-            parts.append(per_token)
-        sizes = [len(p) for p in parts]
-        whole = torch.cat(parts)
-        counted = torch.ones_like(whole, dtype=torch.bool)
+            token_rewards.append(per_token)
+        sizes = [len(p) for p in token_rewards]
+        advantages = torch.cat(token_rewards)
+        in_update = torch.ones_like(advantages, dtype=torch.bool)
         if keep is not None:
-            counted = (
+            in_update = (
                 torch.cat([k.repeat_interleave(torch.tensor(_lengths(g))) for k, g in zip(keep, groups, strict=True)])
                 > 0
             )
-        if bool(counted.any()):
-            whole[counted] = whiten(whole[counted])
-        for g, part in zip(groups, whole.split(sizes), strict=True):
+        if bool(in_update.any()):
+            advantages[in_update] = whiten(advantages[in_update])
+        for g, part in zip(groups, advantages.split(sizes), strict=True):
             g.extras["advantages"] = part
 
     def keep(self, batch: PackedBatch) -> Tensor | None:
@@ -283,45 +285,54 @@ class GroupPolicyGradient(OnPolicy):
     def weights(self, batch: PackedBatch) -> Mapping[str, float]:
         keep = self.keep(batch)
         if keep is not None:
-            per = batch.lengths.to(keep) if self.token_mean else torch.ones_like(keep)
-            return {"main": float((keep * per).sum())}
+            sizes = batch.lengths.to(keep) if self.token_mean else torch.ones_like(keep)
+            return {"main": float((keep * sizes).sum())}
         if self.token_mean:
             return {"main": float(batch.lengths.sum())}
         return {"main": float(len(batch.lengths))}
 
     def score(self, batch: PackedBatch) -> ScoredTokens:
-        made = self.scorer.logps(batch, entropy=bool(self.config.entropy_coef))
-        tokens = made.tokens
+        policy = self.scorer.logps(batch, entropy=bool(self.config.entropy_coef))
+        tokens = policy.tokens
         ref, advantages = (self.extra(batch, name).to(tokens) for name in ("ref", "advantages"))
         # with one update per batch of rollouts, the policy is still the one that sampled
         old = tokens.detach() if self.config.updates == 1 else self.extra(batch, "old").to(tokens)
         keep = self.keep(batch)
         weights = None if keep is None else keep.to(tokens)
         importance = self.importance(batch, tokens)
-        first = not self.rescored(self.groups) and "sampled" in self._by_row[batch.rows[0]].extras
-        sampled = self.extra(batch, "sampled").to(tokens) if first else None
+        is_first_pass = not self.rescored(self.groups) and "sampled" in self._by_row[batch.rows[0]].extras
+        sampled = self.extra(batch, "sampled").to(tokens) if is_first_pass else None
         return ScoredTokens(
-            tokens, old, ref, advantages, batch.completion_of, batch.lengths, made.entropy, weights, importance, sampled
+            tokens,
+            old,
+            ref,
+            advantages,
+            batch.completion_of,
+            batch.lengths,
+            policy.entropy,
+            weights,
+            importance,
+            sampled,
         )
 
     def loss(self, scored: ScoredTokens) -> LossOutput:
         s, cfg = scored, self.config
         advantages = s.advantages if len(s.advantages) == len(s.logps) else s.advantages[s.completion_of]
-        losses, ratios, bound = self._surrogate(s, advantages)
+        losses, ratios, clipped = self._surrogate(s, advantages)
         if s.importance is not None:
             losses = losses * s.importance
         k3 = divergences.kl_estimate(s.logps, s.ref_logps, "k3")
         tokens = torch.ones_like(ratios)
         metrics = {
             "ratio": (ratios, None),
-            "clip_fraction": (bound, None),
+            "clip_fraction": (clipped, None),
             "kl/per_token": (k3.detach(), None),
             "kl/old_new": (divergences.kl_estimate(s.old_logps, s.logps.detach(), "k3"), None),
             "logps/per_token": (s.logps.detach(), None),
         }
         if s.sampled is not None:
-            away = s.logps.detach() - s.sampled
-            metrics["rollout/logp_mismatch"] = (away.abs(), None)
+            difference = s.logps.detach() - s.sampled
+            metrics["rollout/logp_mismatch"] = (difference.abs(), None)
             metrics["rollout/kl_k3"] = (divergences.kl_estimate(s.sampled, s.logps.detach(), "k3"), None)
         if s.entropy is not None:
             losses = losses - cfg.entropy_coef * s.entropy
@@ -335,8 +346,8 @@ class GroupPolicyGradient(OnPolicy):
                 tokens = s.keep[s.completion_of]
                 losses = losses * tokens
             return LossOutput(losses, tokens, metrics)
-        size = s.lengths if cfg.loss_mean == "sequence" else torch.full_like(s.lengths, cfg.max_new_tokens)
-        return self._masked_output(s, logprobs.per_completion(losses, s.lengths) / size, metrics)
+        divisor = s.lengths if cfg.loss_mean == "sequence" else torch.full_like(s.lengths, cfg.max_new_tokens)
+        return self._masked_output(s, logprobs.per_completion(losses, s.lengths) / divisor, metrics)
 
     def _surrogate(self, s: ScoredTokens, advantages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses, ratios and whether the clip is active, (R,) each."""
@@ -345,24 +356,29 @@ class GroupPolicyGradient(OnPolicy):
             high = cfg.clip if cfg.clip_high is None else cfg.clip_high
             return cispo_surrogate(s.logps, s.old_logps, advantages, clip_high=high)
         if cfg.name == "gspo":
-            drift = sequence_log_ratio(s.logps, s.old_logps, s.lengths)
-            per = clipped_surrogate(
-                drift, torch.zeros_like(drift), s.advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
+            log_ratio = sequence_log_ratio(s.logps, s.old_logps, s.lengths)
+            per_completion = clipped_surrogate(
+                log_ratio,
+                torch.zeros_like(log_ratio),
+                s.advantages,
+                clip=cfg.clip,
+                clip_high=cfg.clip_high,
+                dual=cfg.clip_dual,
             )
-            losses, ratios, bound = (values[s.completion_of] for values in per)
-            return losses, ratios, bound
+            losses, ratios, clipped = (values[s.completion_of] for values in per_completion)
+            return losses, ratios, clipped
         return clipped_surrogate(
             s.logps, s.old_logps, advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
         )
 
     def _kl_in_loss(self, s: ScoredTokens, k3: Tensor) -> Tensor:
         """(R,); unbiased: the gradient of its expectation is that of the KL, even off-policy (arXiv 2512.02556)."""
-        how = self.config.estimator
-        if how == "k3":
+        estimator = self.config.estimator
+        if estimator == "k3":
             return k3
-        if how == "unbiased":
+        if estimator == "unbiased":
             return torch.exp((s.logps - s.old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)) * k3
-        return divergences.kl_estimate(s.logps, s.ref_logps, how)
+        return divergences.kl_estimate(s.logps, s.ref_logps, estimator)
 
     def _masked_output(self, s: ScoredTokens, losses: Tensor, metrics: Mapping[str, Any]) -> LossOutput:
         return LossOutput(losses if s.keep is None else losses * s.keep, s.keep, metrics)
@@ -371,8 +387,8 @@ class GroupPolicyGradient(OnPolicy):
         groups = self.groups
         kl, old, ref = (torch.cat([g.extras[name] for g in groups]) for name in ("kl", "old", "ref"))
         k3 = divergences.kl_estimate(old, ref, "k3").sum() / len(kl)
-        found = {"kl/policy_ref": float(kl.mean()), "kl/k3": float(k3)}
-        return rollout_reward_metrics(groups) | found | self.rollout_values()
+        kl_metrics = {"kl/policy_ref": float(kl.mean()), "kl/k3": float(k3)}
+        return rollout_reward_metrics(groups) | kl_metrics | self.rollout_values()
 
 
 def _lengths(group: Group) -> list[int]:

@@ -107,10 +107,10 @@ class Losses(Method):
         from penchant.metrics.heldout import heldout_metrics
 
         algorithm: Offline = held_out.algorithm
-        moves = held_out.parts.config.reference.moves
-        if moves:  # rewards against a moved reference would not show what was learned
+        reference_moves = held_out.parts.config.reference.moves
+        if reference_moves:  # rewards against a moved reference would not show what was learned
             algorithm = replace(algorithm, reference=held_out.start())
-        scored, trees = held_out.scored(algorithm, alike=self.needs <= SCORED_ALIKE and not moves)
+        scored, trees = held_out.scored(algorithm, alike=self.needs <= SCORED_ALIKE and not reference_moves)
         change = held_out.loss_change(algorithm, scored, trees)
         figures = heldout_metrics(algorithm, scored, trees) | held_out.by_set(algorithm, scored, trees)
         return figures | change | held_out.completions()
@@ -153,7 +153,7 @@ class Offline(Algorithm):
     average_log_prob: bool = False
     mismatched: Mapping[int, TokenTree] = field(default_factory=dict)
     tokens_per_step: int = 4096
-    _now: list[LossParams] = field(default_factory=list)
+    _params: list[LossParams] = field(default_factory=list)
     _z0: float = 0.0
     _reward_means: Tensor = field(default_factory=lambda: torch.zeros(2, 2, dtype=torch.float64))  # side x (sum, steps)
 
@@ -164,7 +164,7 @@ class Offline(Algorithm):
         if "divergence" in self.needs and not isinstance(self.reference, references.LiveReference):
             what = "an exact divergence needs the reference's whole distribution, which a cache does not hold"
             raise ConfigError("reference.kind", what, "set reference.kind=frozen (or adapter, with LoRA)")
-        self._now = [c.at(0.0) for c in self.components]
+        self._params = [c.at(0.0) for c in self.components]
 
     @property
     def needs(self) -> frozenset[str]:
@@ -183,7 +183,7 @@ class Offline(Algorithm):
 
     def begin_step(self, step: int, progress: float, trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
         """Update scheduled hyperparameters, and estimate KTO's z0 over all rows of the step."""
-        self._now = [c.at(progress) for c in self.components]
+        self._params = [c.at(progress) for c in self.components]
         if "z0" in self.needs:
             self._z0 = self._estimate_z0([replace(self.mismatched[t.row], weight=t.weight) for t in trees])
         return trees
@@ -192,14 +192,16 @@ class Offline(Algorithm):
         assert self.reference is not None
         reference, live = self.reference, references.LiveReference(self.scorer)
 
-        def both(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        def policy_and_reference(batch: PackedBatch) -> tuple[Tensor, Tensor]:
             size = batch.lengths if self.average_log_prob else 1
             return live.logps(batch) / size, reference.logps(batch) / size
 
         shared, device = self.scorer.shared, place_of(self.scorer.model)
-        passes = run_passes(both, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side)
-        order, made = zip(*passes, strict=True)
-        policy, ref = map(torch.cat, zip(*made, strict=True))
+        passes = run_passes(
+            policy_and_reference, trees, self.tokens_per_step, shared=shared, device=device, lanes=self.side_by_side
+        )
+        order, logps = zip(*passes, strict=True)
+        policy, ref = map(torch.cat, zip(*logps, strict=True))
         weights = policy.new_tensor(
             [trees[i].weight for members in order for i in members for _ in trees[i].completion_ids]
         )
@@ -236,7 +238,7 @@ class Offline(Algorithm):
         ref_tokens = ref = None
         if "divergence" in needs:
             assert isinstance(reference, references.LiveReference)
-            (params,) = (p for c, p in zip(self.components, self._now, strict=True) if "divergence" in c.spec.needs)
+            (params,) = (p for c, p in zip(self.components, self._params, strict=True) if "divergence" in c.spec.needs)
             kind = divergences.DivergenceKind(params.divergence, params.direction, params.renyi_alpha)  # type: ignore[attr-defined]
             policy = self.scorer.divergence(batch, reference.row_logits(batch), kind)
             ref_tokens = policy.ref_tokens
@@ -247,20 +249,22 @@ class Offline(Algorithm):
             policy = self.scorer.logps(batch, alignment="alignment" in needs)
         columns = {"ref_logps": ref, "alignment": policy.alignment}
         if "token_probs" in needs:
-            own = policy.tokens.detach().exp() * policy.tokens
-            columns["weighted_logps"] = per_completion(own, batch.lengths)
+            weighted = policy.tokens.detach().exp() * policy.tokens
+            columns["weighted_logps"] = per_completion(weighted, batch.lengths)
         if policy.divergence is not None:
             columns["divergence"] = per_completion(policy.divergence, batch.lengths)
         if ref_tokens is not None:
             columns["ref_logps"] = per_completion(ref_tokens, batch.lengths)
         if ref_tokens is not None and shared:
-            first = _first_tokens(batch).to(policy.tokens.dtype)
-            columns["policy_shared_logps"] = per_completion(policy.tokens * first, batch.lengths)
-            columns["ref_shared_logps"] = per_completion(ref_tokens.to(first.dtype) * first, batch.lengths)
+            first_tokens = _first_tokens(batch).to(policy.tokens.dtype)
+            columns["policy_shared_logps"] = per_completion(policy.tokens * first_tokens, batch.lengths)
+            columns["ref_shared_logps"] = per_completion(
+                ref_tokens.to(first_tokens.dtype) * first_tokens, batch.lengths
+            )
         return _scored(batch, policy.sums, **columns)
 
     def loss(self, scored: Scored) -> LossOutput:
-        parts = [self._component(c, p, scored) for c, p in zip(self.components, self._now, strict=True)]
+        parts = [self._component(c, p, scored) for c, p in zip(self.components, self._params, strict=True)]
         first = parts[0]
         terms = dict(first.terms)
         metrics = {**first.metrics, **logp_metrics(scored)}
@@ -330,11 +334,11 @@ class Offline(Algorithm):
     def step_values(self) -> dict[str, float]:
         """The values behind the step's losses, for its log line: scheduled hyperparameters, z0, delta."""
         values: dict[str, float] = {}
-        for i, (c, now) in enumerate(zip(self.components, self._now, strict=True)):
+        for i, (c, params) in enumerate(zip(self.components, self._params, strict=True)):
             prefix = "" if i == 0 else f"{c.spec.name}/"
             for name in c.schedules:
-                alias = type(now).model_fields[name].alias or name
-                values[f"{prefix}{alias}"] = float(getattr(now, name))
+                alias = type(params).model_fields[name].alias or name
+                values[f"{prefix}{alias}"] = float(getattr(params, name))
         if "z0" in self.needs:
             values["kl/z0"] = self._z0
         if "delta" in self.needs:
@@ -356,8 +360,8 @@ class Offline(Algorithm):
 
 def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) -> Scored:
     """The result of a pass over a batch, in the dtype of the policy's log-probs; `columns`: further fields of `Scored`."""
-    given = {n: getattr(batch, n) for n in ("lengths", "labels", "scores", "row_weights")}
-    columns = {**given, **columns}
+    batch_columns = {n: getattr(batch, n) for n in ("lengths", "labels", "scores", "row_weights")}
+    columns = {**batch_columns, **columns}
     typed: dict[str, Any] = {n: None if v is None else v.to(policy_logps.dtype) for n, v in columns.items()}
     return Scored(
         tree=batch.completion_tree,
@@ -372,30 +376,30 @@ def _scored(batch: PackedBatch, policy_logps: Tensor, **columns: Tensor | None) 
 def pair_view(scored: Scored) -> PairLogps:
     """Split a batch of pairs into chosen (slot 0) and rejected (slot 1) completions."""
 
-    def both(name: str, values: Tensor | None) -> dict[str, Any]:
+    def split(name: str, values: Tensor | None) -> dict[str, Any]:
         chosen, rejected = (None, None) if values is None else scored.sides(values)
         return {name.format("chosen"): chosen, name.format("rejected"): rejected}
 
     return PairLogps(
-        **both("policy_{}_logps", scored.policy_logps),
-        **both("ref_{}_logps", scored.ref_logps),
-        **both("{}_lengths", scored.lengths),
-        **both("{}_scores", scored.scores),
-        **both("policy_{}_shared_logps", scored.policy_shared_logps),
-        **both("ref_{}_shared_logps", scored.ref_shared_logps),
-        **both("{}_alignment", scored.alignment),
+        **split("policy_{}_logps", scored.policy_logps),
+        **split("ref_{}_logps", scored.ref_logps),
+        **split("{}_lengths", scored.lengths),
+        **split("{}_scores", scored.scores),
+        **split("policy_{}_shared_logps", scored.policy_shared_logps),
+        **split("ref_{}_shared_logps", scored.ref_shared_logps),
+        **split("{}_alignment", scored.alignment),
     )
 
 
 def list_view(scored: Scored) -> ListLogps:
     """Arrange the completions of a batch as one row per prompt."""
 
-    def rows(values: Tensor | None) -> Tensor | None:
+    def as_matrix(values: Tensor | None) -> Tensor | None:
         return None if values is None else scored.matrix(values)
 
     policy = scored.matrix(scored.policy_logps)
     present = scored.matrix(torch.ones_like(scored.lengths)) > 0
-    return ListLogps(policy, present, rows(scored.ref_logps), rows(scored.scores), rows(scored.lengths))
+    return ListLogps(policy, present, as_matrix(scored.ref_logps), as_matrix(scored.scores), as_matrix(scored.lengths))
 
 
 def _learned(scored: Scored, values: Tensor | None = None) -> tuple[Tensor, Tensor]:

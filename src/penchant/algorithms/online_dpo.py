@@ -40,9 +40,9 @@ class OnlineDPOConfig(OnlineConfig):
 
     @property
     def idle(self) -> dict[str, str]:
-        own = ("entropy_coef", "clip", "clip_high", "clip_dual", "scale_rewards", "loss_mean")
-        why = "with online_dpo, which is no policy gradient method; leave it out"
-        return dict.fromkeys((*own, "rollout.lag", "rollout.correction"), why)
+        unused = ("entropy_coef", "clip", "clip_high", "clip_dual", "scale_rewards", "loss_mean")
+        reason = "with online_dpo, which is no policy gradient method; leave it out"
+        return dict.fromkeys((*unused, "rollout.lag", "rollout.correction"), reason)
 
     def build(self, parts: Parts) -> OnlineDPO:
         writer, dpo = self.writer(parts), LOSSES["dpo"]
@@ -74,8 +74,8 @@ class OnlineDPO(Offline):
         Offline.end_step(self, step, means)
 
     def step_values(self) -> dict[str, float]:
-        used = sum(best_against_worst(g) is not None for g in self._groups)
-        return {**rollout_reward_metrics(self._groups), "pairs": float(used), **Offline.step_values(self)}
+        pair_count = sum(best_against_worst(g) is not None for g in self._groups)
+        return {**rollout_reward_metrics(self._groups), "pairs": float(pair_count), **Offline.step_values(self)}
 
 
 def best_against_worst(group: Group) -> TokenTree | None:
@@ -86,7 +86,7 @@ def best_against_worst(group: Group) -> TokenTree | None:
     ids = (tree.completion_ids[best], tree.completion_ids[worst])
     if not group.rewards[best] > group.rewards[worst] or ids[0].tolist() == ids[1].tolist():
         return None
-    cut = (tree.truncated[best], tree.truncated[worst])
+    truncated = (tree.truncated[best], tree.truncated[worst])
     scores = (float(group.rewards[best]), float(group.rewards[worst]))
     masks = (tree.masks[best], tree.masks[worst]) if tree.masks else ()
-    return replace(tree, completion_ids=ids, truncated=cut, labels=(True, False), scores=scores, masks=masks)
+    return replace(tree, completion_ids=ids, truncated=truncated, labels=(True, False), scores=scores, masks=masks)

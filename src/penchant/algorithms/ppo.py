@@ -73,19 +73,19 @@ class PPOConfig(OnlineConfig):
 
     @property
     def idle(self) -> dict[str, str]:
-        found = self.of_later_updates("clip", "clip_high", "clip_dual", "value_clip", "ratio_limit")
-        found |= dict.fromkeys(("scale_rewards", "loss_mean"), "with ppo; leave it out")
-        found["train.adam_eps"] = "with ppo; set algorithm.adam_eps"
+        reasons = self.of_later_updates("clip", "clip_high", "clip_dual", "value_clip", "ratio_limit")
+        reasons |= dict.fromkeys(("scale_rewards", "loss_mean"), "with ppo; leave it out")
+        reasons["train.adam_eps"] = "with ppo; set algorithm.adam_eps"
         if self.value != "separate":
-            found["value_init"] = "on a head on the policy; set value: separate, or leave {} out"
+            reasons["value_init"] = "on a head on the policy; set value: separate, or leave {} out"
         if not self.value_coef:
-            found["value_clip"] = "where value_coef is 0; leave it out"
+            reasons["value_clip"] = "where value_coef is 0; leave it out"
         if self.kl_control == "fixed":
-            why = "while beta is fixed; set kl_control: adaptive, or leave {} out"
-            found |= dict.fromkeys(("kl_target", "kl_horizon"), why)
+            reason = "while beta is fixed; set kl_control: adaptive, or leave {} out"
+            reasons |= dict.fromkeys(("kl_target", "kl_horizon"), reason)
         if not self.start_beta:
-            found |= dict.fromkeys(("kl_estimator", "kl_control"), "where beta is 0; set beta, or leave {} out")
-        return found
+            reasons |= dict.fromkeys(("kl_estimator", "kl_control"), "where beta is 0; set beta, or leave {} out")
+        return reasons
 
     @property
     def start_beta(self) -> float:
@@ -108,20 +108,22 @@ class PPOConfig(OnlineConfig):
         """The value function: a head on the policy's hidden states, or a separate model started from the policy or reward model."""
         from penchant.models.reward import ValueModel
 
-        own = load() if self.value == "separate" else None
-        made = ValueModel(parts.model.get_input_embeddings().weight.shape[1], own)
-        if own is not None and self.value_init != "zero":
-            note(start_value(made, parts.config.reward, parts.tokenizer, demanded=self.value_init == "reward"))
-        return {"value": made.to(next(parts.model.parameters()).device)}
+        backbone = load() if self.value == "separate" else None
+        value_model = ValueModel(parts.model.get_input_embeddings().weight.shape[1], backbone)
+        if backbone is not None and self.value_init != "zero":
+            note(start_value(value_model, parts.config.reward, parts.tokenizer, demanded=self.value_init == "reward"))
+        return {"value": value_model.to(next(parts.model.parameters()).device)}
 
     def build(self, parts: Parts) -> PPO:
         from penchant.distributed.shard import rooted
 
         writer, scorer, value = self.writer(parts), parts.scorer, parts.modules["value"]
-        own = None
+        value_scorer = None
         if value.backbone is not None:
-            own = rooted(scorer.on(value.backbone))
-        return PPO(scorer, parts.live_reference, writer, self, parts.config.train.tokens_per_step, value.head, own)
+            value_scorer = rooted(scorer.on(value.backbone))
+        return PPO(
+            scorer, parts.live_reference, writer, self, parts.config.train.tokens_per_step, value.head, value_scorer
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +166,8 @@ class PPO(OnPolicy):
 
     @property
     def side_by_side(self) -> bool:
-        of_value = self.value_scorer is None or self.value_scorer.side_by_side
-        return of_value and self.scorer.side_by_side and self.reference.side_by_side
+        value_side_by_side = self.value_scorer is None or self.value_scorer.side_by_side
+        return value_side_by_side and self.scorer.side_by_side and self.reference.side_by_side
 
     @property
     def strands(self) -> tuple[str, ...]:
@@ -180,19 +182,19 @@ class PPO(OnPolicy):
         lengths = torch.tensor([n for g in groups for n in g.tree.trained])
         old, ref, values = (torch.cat([g.extras[name] for g in groups]) for name in ("old", "ref", "values"))
         sizes = [sum(g.tree.trained) for g in groups]
-        known = None if (found := completion_masks(groups)) is None else torch.cat(found) > 0  # of completions
-        scores = self._shape_rewards(torch.cat([g.rewards for g in groups]), known).to(old.dtype)
+        has_reward = None if (masks := completion_masks(groups)) is None else torch.cat(masks) > 0  # of completions
+        scores = self._shape_rewards(torch.cat([g.rewards for g in groups]), has_reward).to(old.dtype)
         rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)
         if cfg.whiten_rewards:
             rewards = whiten(rewards, keep_mean=True)
         advantages, returns = gae(rewards, values, lengths, gamma=cfg.gamma, lam=cfg.lam)
-        mine = None if known is None else known.repeat_interleave(lengths)  # tokens that are trained on
-        if cfg.whiten_advantages and mine is None:
+        in_update = None if has_reward is None else has_reward.repeat_interleave(lengths)  # tokens that are trained on
+        if cfg.whiten_advantages and in_update is None:
             advantages = whiten(advantages)
-        elif cfg.whiten_advantages and mine is not None and bool(mine.any()):
-            advantages[mine] = whiten(advantages[mine])
-        if mine is not None:
-            for g, part in zip(groups, mine.to(old.dtype).split(sizes), strict=True):
+        elif cfg.whiten_advantages and in_update is not None and bool(in_update.any()):
+            advantages[in_update] = whiten(advantages[in_update])
+        if in_update is not None:
+            for g, part in zip(groups, in_update.to(old.dtype).split(sizes), strict=True):
                 g.extras["keep"] = part
         for name, per_token in (("advantages", advantages), ("returns", returns)):
             for g, part in zip(groups, per_token.split(sizes), strict=True):
@@ -202,12 +204,12 @@ class PPO(OnPolicy):
             error = min(0.2, max(-0.2, kl / cfg.kl_target - 1.0))
             self.beta *= 1.0 + error * len(lengths) / cfg.kl_horizon
 
-    def _shape_rewards(self, scores: Tensor, known: Tensor | None = None) -> Tensor:
+    def _shape_rewards(self, scores: Tensor, valid: Tensor | None = None) -> Tensor:
         """Rewards divided by their running standard deviation and clipped to +- score_clip, if enabled; unknown ones are 0."""
-        if known is not None:
+        if valid is not None:
             shaped = torch.zeros_like(scores)
-            if bool(known.any()):
-                shaped[known] = self._shape_rewards(scores[known])
+            if bool(valid.any()):
+                shaped[valid] = self._shape_rewards(scores[valid])
             return shaped
         if self.config.normalise_scores:
             self._moments = _update_moments(self._moments, scores)
@@ -224,9 +226,9 @@ class PPO(OnPolicy):
         if self.value_scorer is None:
             logps, values = self.scorer.valued(batch, self.value_head, entropy=entropy)
             return logps.tokens, values, logps.entropy
-        found = None if batch.strand == VALUE else self.scorer.logps(batch, entropy=entropy)
-        own = None if batch.strand == POLICY else self.value_scorer.values(batch, self.value_head)
-        return (None, own, None) if found is None else (found.tokens, own, found.entropy)
+        policy = None if batch.strand == VALUE else self.scorer.logps(batch, entropy=entropy)
+        own_values = None if batch.strand == POLICY else self.value_scorer.values(batch, self.value_head)
+        return (None, own_values, None) if policy is None else (policy.tokens, own_values, policy.entropy)
 
     def _old_logps_and_values(self, batch: PackedBatch) -> dict[str, Tensor]:
         """Log-probs and values of the policy that sampled."""
@@ -258,14 +260,14 @@ class PPO(OnPolicy):
         return ScoredSteps(logps, values, old, old_values, ref, advantages, returns, weights, entropy, importance)
 
     def loss(self, scored: ScoredSteps) -> LossOutput:
-        s, cfg, none = scored, self.config, scored.keep.new_zeros(0)
-        losses, weights, metrics = (none, none, {}) if s.logps is None else self._policy_loss(s, s.logps)
+        s, cfg, empty = scored, self.config, scored.keep.new_zeros(0)
+        losses, weights, metrics = (empty, empty, {}) if s.logps is None else self._policy_loss(s, s.logps)
         terms = {}
         if s.values is not None:
-            value_losses, bound = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
+            value_losses, clipped = clipped_value_loss(s.values, s.old_values, s.returns, clip=cfg.value_clip)
             terms["value"] = (cfg.value_coef * value_losses * s.keep, s.keep)
             metrics |= {
-                "value/clip_fraction": (bound, None),
+                "value/clip_fraction": (clipped, None),
                 "value/error": ((s.returns - s.values.detach()).square(), None),
                 "value/mean": (s.values.detach(), None),
             }
@@ -273,19 +275,19 @@ class PPO(OnPolicy):
 
     def _policy_loss(self, s: ScoredSteps, logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Weighted]]:
         """Losses and weights (R,), and metrics."""
-        cfg, now = self.config, logps.detach()
-        losses, ratios, bound = clipped_surrogate(
+        cfg, detached = self.config, logps.detach()
+        losses, ratios, clipped = clipped_surrogate(
             logps, s.old_logps, s.advantages, clip=cfg.clip, clip_high=cfg.clip_high, dual=cfg.clip_dual
         )
         if s.importance is not None:
             losses = losses * s.importance
         metrics: dict[str, Weighted] = {
             "ratio": (ratios, None),
-            "clip_fraction": (bound, None),
-            "kl/per_token": (divergences.kl_estimate(now, s.ref_logps, "k3"), None),
-            "kl/old_new": (divergences.kl_estimate(s.old_logps, now, "k3"), None),
-            "entropy/sampled": (-now, None),
-            "logps/per_token": (now, None),
+            "clip_fraction": (clipped, None),
+            "kl/per_token": (divergences.kl_estimate(detached, s.ref_logps, "k3"), None),
+            "kl/old_new": (divergences.kl_estimate(s.old_logps, detached, "k3"), None),
+            "entropy/sampled": (-detached, None),
+            "logps/per_token": (detached, None),
         }
         if s.entropy is not None:
             losses = losses - cfg.entropy_coef * s.entropy
@@ -310,8 +312,8 @@ class PPO(OnPolicy):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The rollouts, the adaptive beta and the running moments of rewards."""
-        own = {"beta": torch.tensor(self.beta, dtype=torch.float64), "moments": self._moments.clone()}
-        return OnPolicy.state_tensors(self) | own
+        own_state = {"beta": torch.tensor(self.beta, dtype=torch.float64), "moments": self._moments.clone()}
+        return OnPolicy.state_tensors(self) | own_state
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         OnPolicy.load_state_tensors(self, tensors)
@@ -319,14 +321,14 @@ class PPO(OnPolicy):
             self.beta, self._moments = float(tensors["beta"]), tensors["moments"].clone()
 
 
-def _update_moments(moments: Tensor, new: Tensor) -> Tensor:
+def _update_moments(moments: Tensor, values: Tensor) -> Tensor:
     """Update (count, mean, sum of squared deviations) with new numbers (Chan's method)."""
     count, mean, squares = moments.tolist()
-    n, m = len(new), float(new.mean())
+    n, m = len(values), float(values.mean())
     total = count + n
-    gap = m - mean
-    squares += float((new - m).square().sum()) + gap * gap * count * n / total
-    return torch.tensor([total, mean + gap * n / total, squares], dtype=torch.float64)
+    delta = m - mean
+    squares += float((values - m).square().sum()) + delta * delta * count * n / total
+    return torch.tensor([total, mean + delta * n / total, squares], dtype=torch.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,16 +347,16 @@ def start_value(value: ValueModel, reward: RewardConfig, tokenizer: Any, *, dema
     """
     from penchant.rewards.reward_model import find_reward_model
 
-    folders = {name: found for name in reward.terms if (found := find_reward_model(name)) is not None}
-    why = "" if len(folders) == 1 else f"{len(folders)} of the rewards are reward models"
-    if not why:
+    folders = {name: path for name in reward.terms if (path := find_reward_model(name)) is not None}
+    reason = "" if len(folders) == 1 else f"{len(folders)} of the rewards are reward models"
+    if not reason:
         ((name, folder),) = folders.items()
-        why = _copy_weights(value, str(folder), reward.terms[name], tokenizer)
-        if not why:
+        reason = _copy_weights(value, str(folder), reward.terms[name], tokenizer)
+        if not reason:
             return f"value model: starts as {name}"
     if demanded:
-        raise ConfigError("algorithm.value_init", f"is reward, but {why}", "set it to auto or zero")
-    return f"value model: starts as the policy, its head from zero ({why})"
+        raise ConfigError("algorithm.value_init", f"is reward, but {reason}", "set it to auto or zero")
+    return f"value model: starts as the policy, its head from zero ({reason})"
 
 
 def _copy_weights(value: ValueModel, folder: str, weight: float, tokenizer: Any) -> str:
@@ -366,16 +368,17 @@ def _copy_weights(value: ValueModel, folder: str, weight: float, tokenizer: Any)
         return "the reward model is an encoder, which gives no value to each token"
     if not same_tokens(tokenizer, load_tokenizer(folder)):
         return "the reward model has another tokenizer"
-    start = load_reward_model(ModelConfig(path=folder), torch.device("cpu")).model
-    own = backbone_of(value.backbone).state_dict() if value.backbone is not None else {}
+    reward_model = load_reward_model(ModelConfig(path=folder), torch.device("cpu")).model
+    value_weights = backbone_of(value.backbone).state_dict() if value.backbone is not None else {}
     # an added padding token has a row after the others, which is never read
-    theirs = {
-        n: w[: own[n].shape[0]] if n in own and w.ndim == 2 else w for n, w in backbone_of(start).state_dict().items()
+    reward_weights = {
+        n: w[: value_weights[n].shape[0]] if n in value_weights and w.ndim == 2 else w
+        for n, w in backbone_of(reward_model).state_dict().items()
     }
-    if {n: w.shape for n, w in theirs.items()} != {n: w.shape for n, w in own.items()}:
+    if {n: w.shape for n, w in reward_weights.items()} != {n: w.shape for n, w in value_weights.items()}:
         return "the reward model has another architecture"
     with torch.no_grad():
-        for name, to in own.items():
-            to.copy_(theirs[name])
-        value.head.weight.copy_(weight * head_of(start).weight)
+        for name, target in value_weights.items():
+            target.copy_(reward_weights[name])
+        value.head.weight.copy_(weight * head_of(reward_model).weight)
     return ""

@@ -48,10 +48,10 @@ class RewardModelConfig(AlgorithmConfig):
 
         scored, trees = held_out.scored(held_out.algorithm)
         rewards, lengths = (v.cpu().double().numpy().reshape(-1, 2) for v in (scored.policy_logps, scored.lengths))
-        flat, tables = pair_quality(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
+        metrics, tables = pair_quality(rewards[:, 0] - rewards[:, 1], lengths[:, 0] - lengths[:, 1])
         held_out.keep_tables(tables)
         by_set = held_out.by_set(held_out.algorithm, scored, trees)
-        return heldout_metrics(held_out.algorithm, scored, trees) | by_set | flat
+        return heldout_metrics(held_out.algorithm, scored, trees) | by_set | metrics
 
 
 @dataclass(slots=True)

@@ -132,9 +132,9 @@ class OnlineConfig(SamplingConfig):
 
     def of_later_updates(self, *keys: str, own: Mapping[str, Any] | None = None) -> dict[str, str]:
         """Of `keys`, those that change nothing with one update a batch, as in `idle`; own: values that a method sets by itself."""
-        why = "with one update a batch, whose ratio is 1; raise epochs or minibatches, or leave {} out"
-        by_itself = own or {}
-        return {k: why for k in keys if self.updates == 1 and (k not in by_itself or getattr(self, k) != by_itself[k])}
+        reason = "with one update a batch, whose ratio is 1; raise epochs or minibatches, or leave {} out"
+        preset = own or {}
+        return {k: reason for k in keys if self.updates == 1 and (k not in preset or getattr(self, k) != preset[k])}
 
     @property
     def rollouts(self) -> Rollouts:
@@ -154,37 +154,37 @@ class OnlineConfig(SamplingConfig):
 
         parts.scorer.temperature = parts.live_reference.scorer.temperature = self.temperature
         data = parts.config.data
-        policy = PolicyText(parts.tokenizer, data.template, parts.asked(), data.template_options)
-        judge = load_reward(parts.config.reward, policy, parts.device)
+        policy_text = PolicyText(parts.tokenizer, data.template, parts.asked(), data.template_options)
+        reward = load_reward(parts.config.reward, policy_text, parts.device)
         config = parts.config
         if config.rollout.elsewhere and current().many:
             raise ConfigError("rollout.engine", "is not own, and several processes train", "train in one process")
         longest = max((len(t.prompt_ids) for part in parts.trees for t in part), default=1) + self.max_new_tokens
-        made = Writer(parts.model, parts.tokenizer, judge, self, config.train.seed, parts.engine, config.rollout)
-        made.longest, made.folder = longest, Path(config.output)
+        writer = Writer(parts.model, parts.tokenizer, reward, self, config.train.seed, parts.engine, config.rollout)
+        writer.longest, writer.folder = longest, Path(config.output)
         if config.rollout.environment is not None:
-            made.stage = self._stage(parts, policy.rows)
-        return made
+            writer.stage = self._stage(parts, policy_text.rows)
+        return writer
 
     def _stage(self, parts: Parts, rows: Mapping[str, PromptTree | None]) -> Stage:
         from penchant.data.templates import end_ids, uses_chat
         from penchant.models.load import base_model_of
         from penchant.rollout.environment import Stage, find_environment
 
-        data, how = parts.config.data, parts.config.rollout
-        chat, ends = uses_chat(data.template, parts.tokenizer), end_ids(parts.tokenizer, parts.model)
-        make = find_environment(how.environment)
+        data, rollout = parts.config.data, parts.config.rollout
+        chat, end_tokens = uses_chat(data.template, parts.tokenizer), end_ids(parts.tokenizer, parts.model)
+        make_environment = find_environment(rollout.environment)
         context = getattr(base_model_of(parts.model).config, "max_position_embeddings", None)
         return Stage(
-            how.environment,
-            make,
+            rollout.environment,
+            make_environment,
             parts.tokenizer,
             chat,
             data.template_options,
             rows,
-            how.turns,
-            ends,
-            how.environment_timeout,
+            rollout.turns,
+            end_tokens,
+            rollout.environment_timeout,
             context,
         )
 
@@ -192,9 +192,9 @@ class OnlineConfig(SamplingConfig):
         """Reward, win rate against the start and KL, on one completion per held-out prompt."""
         from penchant.metrics.completions import evaluate_online
 
-        asked = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
-        asked |= {"min_p": self.min_p} if self.min_p else {}
-        asked |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1.0 else {}
+        sampling = self.model_dump(mode="json", include={"temperature", "top_p", "top_k", "missing_eos_penalty"})
+        sampling |= {"min_p": self.min_p} if self.min_p else {}
+        sampling |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1.0 else {}
         writer: Writer = held_out.algorithm.writer
         if not held_out.keep:  # the policy is loaded here, while the server used in training may be gone
             writer = replace(writer, rollout=writer.rollout.model_copy(update={"engine": "own"}))
@@ -204,7 +204,7 @@ class OnlineConfig(SamplingConfig):
             held_out.start(),
             held_out.parts.trees[1],
             held_out.budget,
-            rewards_of_start=lambda rewards: held_out.rewards_of_start(self.max_new_tokens, asked, rewards),
+            rewards_of_start=lambda rewards: held_out.rewards_of_start(self.max_new_tokens, sampling, rewards),
         )
 
 
@@ -248,20 +248,20 @@ class PendingRollouts:
 
     def tensors(self) -> dict[str, Tensor]:
         """The completions as tensors for a checkpoint; empty if they are lost."""
-        if (found := self.samples()) is None:
+        if (by_prompt := self.samples()) is None:
             return {}
         iteration, rows, k = self.of
-        every = [s for row in found for s in row]
+        samples = [s for prompt_samples in by_prompt for s in prompt_samples]
         return {
             "ahead/of": torch.tensor([iteration, k, self.version]),
             "ahead/rows": torch.tensor(rows),
-            "ahead/lengths": torch.tensor([len(s.ids) for s in every]),
-            "ahead/ids": torch.tensor([t for s in every for t in s.ids]),
-            "ahead/logps": torch.tensor([p for s in every for p in s.logps], dtype=torch.float64),
-            "ahead/finished": torch.tensor([s.finished for s in every]),
-            "ahead/own": torch.tensor([o for s in every for o in s.own or [True] * len(s.ids)], dtype=torch.bool),
-            "ahead/prompt_lengths": torch.tensor([len(s.prompt) for s in every]),
-            "ahead/prompts": torch.tensor([t for s in every for t in s.prompt], dtype=torch.int64),
+            "ahead/lengths": torch.tensor([len(s.ids) for s in samples]),
+            "ahead/ids": torch.tensor([t for s in samples for t in s.ids]),
+            "ahead/logps": torch.tensor([p for s in samples for p in s.logps], dtype=torch.float64),
+            "ahead/finished": torch.tensor([s.finished for s in samples]),
+            "ahead/own": torch.tensor([o for s in samples for o in s.own or [True] * len(s.ids)], dtype=torch.bool),
+            "ahead/prompt_lengths": torch.tensor([len(s.prompt) for s in samples]),
+            "ahead/prompts": torch.tensor([t for s in samples for t in s.prompt], dtype=torch.int64),
         }
 
     @staticmethod
@@ -278,11 +278,11 @@ class PendingRollouts:
         own = tensors["ahead/own"].split(lengths)
         sizes = tensors.get("ahead/prompt_lengths", torch.zeros(len(lengths), dtype=torch.int64)).tolist()
         prompts = tensors.get("ahead/prompts", torch.zeros(0, dtype=torch.int64)).split(sizes)
-        every = [
-            Sample(i.tolist(), p.tolist(), end, [] if bool(o.all()) else o.tolist(), asked.tolist())
-            for i, p, end, o, asked in zip(ids, logps, ended, own, prompts, strict=True)
+        samples = [
+            Sample(i.tolist(), p.tolist(), finished, [] if bool(o.all()) else o.tolist(), prompt.tolist())
+            for i, p, finished, o, prompt in zip(ids, logps, ended, own, prompts, strict=True)
         ]
-        groups = [every[i : i + k] for i in range(0, len(every), k)]
+        groups = [samples[i : i + k] for i in range(0, len(samples), k)]
         return PendingRollouts((iteration, tuple(tensors["ahead/rows"].tolist()), k), version, lambda: groups)
 
 
@@ -320,8 +320,8 @@ class Writer:
             from penchant.distributed.shard import whole_weights
             from penchant.rollout.engines import make_engine
 
-            whole = partial(whole_weights, self.engine)
-            self._sampler = make_engine(self.rollout, self.model, self.folder, self.longest, whole)
+            gather_weights = partial(whole_weights, self.engine)
+            self._sampler = make_engine(self.rollout, self.model, self.folder, self.longest, gather_weights)
         return self._sampler
 
     def _engine_arguments(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[Any, ...]:
@@ -330,35 +330,35 @@ class Writer:
         from penchant.rollout.generate import Settings
 
         cfg = self.config
-        ends = frozenset(end_ids(self.tokenizer, self.model))
+        end_tokens = frozenset(end_ids(self.tokenizer, self.model))
         settings = Settings(
-            k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, ends, cfg.min_p, cfg.repetition_penalty
+            k, cfg.max_new_tokens, cfg.temperature, cfg.top_p, cfg.top_k, end_tokens, cfg.min_p, cfg.repetition_penalty
         )
         seed = (self.seed * 1_000_003 + iteration) % 2**63
         return [t.prompt_ids.tolist() for t in prompts], settings, seed, [t.row for t in prompts]
 
     def _sample(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
         """`k` completions of each prompt; conversations if there is an environment."""
-        asked, settings, seed, seeds = self._engine_arguments(prompts, iteration, k)
+        prompt_ids, settings, seed, seeds = self._engine_arguments(prompts, iteration, k)
 
         def draw(rows: Sequence[Sequence[int]], seeds: Sequence[int], rooms: Sequence[int]) -> list[Sample]:
-            how = replace(settings, n=1, max_new_tokens=max(rooms), rooms=tuple(rooms))
-            found = self.sampler.sample(rows, how, seed, seeds)
-            return [one for (one,) in found]
+            turn_settings = replace(settings, n=1, max_new_tokens=max(rooms), rooms=tuple(rooms))
+            samples = self.sampler.sample(rows, turn_settings, seed, seeds)
+            return [sample for (sample,) in samples]
 
         if self.stage is None:
-            return self.sampler.sample(asked, settings, seed, seeds)  # type: ignore[no-any-return]
+            return self.sampler.sample(prompt_ids, settings, seed, seeds)  # type: ignore[no-any-return]
         return self.stage.play(prompts, k, settings.max_new_tokens, draw)
 
     def _take_or_sample(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> tuple[list[list[Sample]], int]:
         """Completions of each prompt, and the version of the weights that sampled them."""
-        ahead, rows = self.ahead, tuple(t.row for t in prompts)
-        if ahead is not None and ahead.of == (iteration, rows, k):
+        pending, rows = self.ahead, tuple(t.row for t in prompts)
+        if pending is not None and pending.of == (iteration, rows, k):
             self.ahead = None
-            if (found := ahead.samples()) is not None:
-                return found, ahead.version
-        elif ahead is not None:
-            ahead.samples()  # its weights must not change before it is done
+            if (samples := pending.samples()) is not None:
+                return samples, pending.version
+        elif pending is not None:
+            pending.samples()  # its weights must not change before it is done
         return self._sample_share(prompts, iteration, k), self.version
 
     def _sample_share(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
@@ -368,8 +368,8 @@ class Writer:
         world = current()
         own_prompts = [prompts[i] for i in range(world.rank, len(prompts), world.size)]
         with whole_weights(None if self.rollout.elsewhere else self.engine):
-            written = self._sample_with_retries(own_prompts, iteration, k)
-        return world.dealt(written, len(prompts))
+            samples = self._sample_with_retries(own_prompts, iteration, k)
+        return world.dealt(samples, len(prompts))
 
     def _sample_with_retries(self, prompts: Sequence[TokenTree], iteration: int, k: int) -> list[list[Sample]]:
         """Sample with the current weights; if an engine has lost them, they are sent again and the batch is retried."""
@@ -378,10 +378,10 @@ class Writer:
         for _ in range(self.rollout.attempts):
             self.sampler.update(self.version)
             try:
-                found = self._sample(prompts, iteration, k)
+                samples = self._sample(prompts, iteration, k)
             except WeightsLost:
                 continue
-            return found
+            return samples
         what = f"lost the weights that it was sent, {self.rollout.attempts} times in a row"
         raise RolloutError(self.sampler.where, what, "is another run using it, or does it keep restarting?")
 
@@ -393,8 +393,8 @@ class Writer:
         k = self.config.samples
         key = iteration, tuple(t.row for t in prompts), k
         if not self.rollout.elsewhere:  # the policy itself samples, and its weights are about to change
-            found = self._sample_share(prompts, iteration, k)
-            self.ahead = PendingRollouts(key, self.version, lambda: found)
+            samples = self._sample_share(prompts, iteration, k)
+            self.ahead = PendingRollouts(key, self.version, lambda: samples)
             return
         self.sampler.update(self.version)
 
@@ -421,27 +421,26 @@ class Writer:
         trees, logps, version = self.written(prompts, iteration, k)
         prompt_texts = [self.tokenizer.decode(t.prompt_ids, skip_special_tokens=True) for t in prompts]
         texts = [[self.tokenizer.decode(ids, skip_special_tokens=True) for ids in t.completion_ids] for t in trees]
-        step = (
-            iteration * cfg.updates if iteration != EVALUATION_ITERATION else 0
-        )  # evaluations are not steps of the run
+        # evaluations are not steps of the run
+        step = iteration * cfg.updates if iteration != EVALUATION_ITERATION else 0
         judgement = self.reward.judge(
             [p for p in prompt_texts for _ in range(k)], [t for row in texts for t in row], trees, step
         )
         reserved = (
             METRICS.keys()
             | {"kind", "step", "skipped"}
-            | {f"rewards/{name}/{of}" for name in judgement.terms for of in REWARDS}
+            | {f"rewards/{name}/{statistic}" for name in judgement.terms for statistic in REWARDS}
         )
-        if taken := [n for n in judgement.metrics if n in reserved]:
-            what = f'log_metric("{taken[0]}") would overwrite a metric of the run'
+        if conflicts := [n for n in judgement.metrics if n in reserved]:
+            what = f'log_metric("{conflicts[0]}") would overwrite a metric of the run'
             raise RewardError("reward", what, "log another name")
         rewards = torch.from_numpy(judgement.total).view(len(prompts), k)
         terms = {name: torch.from_numpy(values).view(len(prompts), k) for name, values in judgement.terms.items()}
         groups = []
-        for i, (tree, sampled) in enumerate(zip(trees, logps, strict=True)):
+        for i, (tree, sampled_logps) in enumerate(zip(trees, logps, strict=True)):
             penalty = cfg.missing_eos_penalty * torch.tensor(tree.truncated, dtype=torch.float64)
             own_terms = {name: values[i] for name, values in terms.items()}
-            extras = {"old": sampled, "sampled": sampled}
+            extras = {"old": sampled_logps, "sampled": sampled_logps}
             if self.rollout.measured:
                 extras["version"] = torch.full((k,), float(version))
             group = Group(tree, rewards[i] - penalty, tuple(texts[i]), extras, own_terms, judgement.metrics)
@@ -458,9 +457,9 @@ class Writer:
         trees = []
         for prompt, row in zip(prompts, rows, strict=True):
             ids = tuple(np.array(s.ids, np.int32) for s in row)
-            cut = tuple(not s.finished for s in row)
-            asked = np.array(row[0].prompt, np.int32) if row[0].prompt else prompt.prompt_ids
-            trees.append(masked(TokenTree(prompt.row, asked, ids, cut, prompt.source), row))
+            truncated = tuple(not s.finished for s in row)
+            prompt_ids = np.array(row[0].prompt, np.int32) if row[0].prompt else prompt.prompt_ids
+            trees.append(masked(TokenTree(prompt.row, prompt_ids, ids, truncated, prompt.source), row))
         return trees, [torch.tensor([p for s in row for p in s.own_logps]) for row in rows], version
 
 
@@ -506,11 +505,11 @@ class OnPolicy(Algorithm):
     def look_ahead(self, step: int, total: int, rows: Callable[[int], Sequence[TokenTree]]) -> None:
         """With rollout.lag, start sampling the next iteration with the weights at the start of this one."""
         updates, writer = self.config.updates, self.writer
-        later = step + updates
-        if step % updates or later >= total or not getattr(writer, "rollout", RolloutConfig()).lag:
+        later_step = step + updates
+        if step % updates or later_step >= total or not getattr(writer, "rollout", RolloutConfig()).lag:
             return
         if writer.ahead is None:  # else they came from a checkpoint
-            writer.begin(rows(later), later // updates)
+            writer.begin(rows(later_step), later_step // updates)
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
         self.writer.version = step
@@ -555,19 +554,22 @@ class OnPolicy(Algorithm):
 
     def rollout_values(self) -> dict[str, float]:
         """Metrics of how far the log-probs at sampling time are from the policy's, and of the version of the sampling weights."""
-        known = self.rescored(self.groups) and "sampled" in self.groups[0].extras  # an older checkpoint has none
-        found = logp_mismatch(self.groups) if known else {}
+        has_sampled = self.rescored(self.groups) and "sampled" in self.groups[0].extras  # an older checkpoint has none
+        metrics = logp_mismatch(self.groups) if has_sampled else {}
         if not measured(self.groups):
-            return found
+            return metrics
         versions = torch.cat([g.extras["version"] for g in self.groups])
-        behind = float(self.iteration * self.config.updates - versions.mean())
-        found |= {"rollout/version": float(versions.min()), "rollout/lag": behind}
+        lag = float(self.iteration * self.config.updates - versions.mean())
+        metrics |= {"rollout/version": float(versions.min()), "rollout/lag": lag}
         if "importance" in self.groups[0].extras:
             weights = torch.cat([g.extras["importance"] for g in self.groups])
-            how = self.writer.rollout
-            bound = weights >= how.correction_high if how.correction == "tis" else weights == 0
-            found |= {"rollout/weight": float(weights.mean()), "rollout/weight_bound": float(bound.double().mean())}
-        return found
+            rollout = self.writer.rollout
+            at_bound = weights >= rollout.correction_high if rollout.correction == "tis" else weights == 0
+            metrics |= {
+                "rollout/weight": float(weights.mean()),
+                "rollout/weight_bound": float(at_bound.double().mean()),
+            }
+        return metrics
 
     def rescored(self, groups: Sequence[Group]) -> bool:
         """Whether ``old`` log-probs are those of the training engine."""
@@ -599,17 +601,17 @@ class OnPolicy(Algorithm):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The current and pending rollouts and a moving reference, so that a run resumes exactly between two updates."""
-        ahead = getattr(self.writer, "ahead", None)
-        found = ({} if ahead is None else ahead.tensors()) | references.moved_state(self.reference)
+        pending = getattr(self.writer, "ahead", None)
+        state = ({} if pending is None else pending.tensors()) | references.moved_state(self.reference)
         if self.iteration < 0 or self.config.updates == 1:
-            return found
+            return state
         packed = {f"rollouts/{name}": value.contiguous() for name, value in pack_groups(self.groups).items()}
-        return found | packed | {"iteration": torch.tensor(self.iteration)}
+        return state | packed | {"iteration": torch.tensor(self.iteration)}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         references.load_moved_state(self.reference, tensors)
-        if (ahead := PendingRollouts.from_tensors(tensors)) is not None:
-            self.writer.ahead = ahead
+        if (pending := PendingRollouts.from_tensors(tensors)) is not None:
+            self.writer.ahead = pending
         if "iteration" in tensors:
             self.iteration = int(tensors["iteration"])
             prefix = "rollouts/"
@@ -640,10 +642,10 @@ def completion_masks(groups: Sequence[Group], finished_only: bool = False) -> li
     Args:
         finished_only: also 0 for truncated ones (DAPO's overlong filter); their rewards still count in the group's mean.
     """
-    found = [(~g.rewards.isnan()).double() for g in groups]
+    masks = [(~g.rewards.isnan()).double() for g in groups]
     if finished_only:
-        found = [k * (1.0 - torch.tensor(g.tree.truncated).double()) for k, g in zip(found, groups, strict=True)]
-    return found if any(bool((k == 0).any()) for k in found) else None
+        masks = [k * (1.0 - torch.tensor(g.tree.truncated).double()) for k, g in zip(masks, groups, strict=True)]
+    return masks if any(bool((k == 0).any()) for k in masks) else None
 
 
 def score_groups(
@@ -661,9 +663,9 @@ def score_groups(
         return {name: values for run_pass in passes for name, values in run_pass(batch).items()}
 
     results = run_passes(pass_figures, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=lanes)
-    for members, found in results:
+    for members, figures in results:
         sizes = [sum(trees[i].trained) for i in members]
-        for name, values in found.items():
+        for name, values in figures.items():
             for i, part in zip(members, values.cpu().split(sizes), strict=True):
                 groups[i].extras[name] = part
 
@@ -680,27 +682,27 @@ def rollout_reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     is_group = rewards.shape[1] > 1
     missing = float(torch.isnan(rewards).double().mean())
     finite = rewards[~rewards.isnan()]
-    found = {"reward": float(finite.mean())}
+    metrics = {"reward": float(finite.mean())}
     if is_group:
         spreads = rewards.std(1) if not missing else torch.stack([_spread(g[~g.isnan()]) for g in rewards])
-        found["reward/std"] = float(spreads.nanmean())
-        found["frac_reward_zero_std"] = float((spreads.nan_to_num() == 0).double().mean())
+        metrics["reward/std"] = float(spreads.nanmean())
+        metrics["frac_reward_zero_std"] = float((spreads.nan_to_num() == 0).double().mean())
     else:
-        found["reward/std"] = float(finite.std())
-    found |= {"reward/none": missing} if missing else {}
-    found |= {
+        metrics["reward/std"] = float(finite.std())
+    metrics |= {"reward/none": missing} if missing else {}
+    metrics |= {
         "completions/length": float(np.mean(lengths)),
         "completions/ended": 1.0 - float(np.mean([u for g in groups for u in g.tree.truncated])),
     }
     for name in sorted(groups[0].terms):  # in the order that a checkpoint restores
         values = torch.stack([g.terms[name] for g in groups])
         finite = values[~values.isnan()]
-        found |= {f"rewards/{name}/mean": float(finite.mean()), f"rewards/{name}/std": float(finite.std())}
+        metrics |= {f"rewards/{name}/mean": float(finite.mean()), f"rewards/{name}/std": float(finite.std())}
         if len(finite) < values.numel():
-            found[f"rewards/{name}/none"] = 1.0 - len(finite) / values.numel()
-    found |= dict(sorted(groups[0].logged.items()))
+            metrics[f"rewards/{name}/none"] = 1.0 - len(finite) / values.numel()
+    metrics |= dict(sorted(groups[0].logged.items()))
     # NaN: one completion has no spread, none has no mean
-    return {name: value for name, value in found.items() if value == value}
+    return {name: value for name, value in metrics.items() if value == value}
 
 
 def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
@@ -717,8 +719,8 @@ def pack_groups(groups: Sequence[Group]) -> dict[str, Tensor]:
         "rewards": torch.stack([g.rewards for g in groups]) if groups else torch.zeros(0, 0),
     }
     if any(g.tree.masks for g in groups):
-        whole = [m for g in groups for m in g.tree.masks or [np.ones(len(c), bool) for c in g.tree.completion_ids]]
-        packed["masks"] = torch.from_numpy(np.concatenate(whole))
+        masks = [m for g in groups for m in g.tree.masks or [np.ones(len(c), bool) for c in g.tree.completion_ids]]
+        packed["masks"] = torch.from_numpy(np.concatenate(masks))
     packed |= {f"extras/{name}": torch.cat([g.extras[name] for g in groups]) for name in names}
     if groups:
         packed |= {f"terms/{name}": torch.stack([g.terms[name] for g in groups]) for name in groups[0].terms}
@@ -735,14 +737,14 @@ def unpack_groups(packed: dict[str, Tensor]) -> list[Group]:
     prompts = packed["prompts"].split(packed["prompt_lengths"].tolist())
     k = packed["lengths"].shape[1]
     completions = packed["completions"].split(packed["lengths"].flatten().tolist())
-    tokens = packed.get("trained", packed["lengths"]).sum(1).tolist()  # in an older checkpoint all are trained
+    trained_counts = packed.get("trained", packed["lengths"]).sum(1).tolist()  # in an older checkpoint all are trained
     masks = packed["masks"].split(packed["lengths"].flatten().tolist()) if "masks" in packed else ()
     extras = {}
     logged = {n.removeprefix("logged/"): float(v) for n, v in packed.items() if n.startswith("logged/")}
     for name, values in packed.items():
         if name.startswith("extras/"):
-            per_token = len(values) == sum(tokens) and len(values) != len(prompts) * k
-            extras[name.removeprefix("extras/")] = values.split(tokens if per_token else k)
+            per_token = len(values) == sum(trained_counts) and len(values) != len(prompts) * k
+            extras[name.removeprefix("extras/")] = values.split(trained_counts if per_token else k)
     groups = []
     for i, row in enumerate(packed["rows"].tolist()):
         ids = tuple(c.numpy() for c in completions[i * k : (i + 1) * k])

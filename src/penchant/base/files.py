@@ -69,15 +69,15 @@ def yaml_root(text: str, loader: Any) -> tuple[Any, yaml.Node | None]:
             problem = f"nested deeper than {YAML_DEPTH}"
         if problem:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark, note=note)  # type: ignore[arg-type]
-    made = loader(text)
-    return made, made.get_single_node()
+    parser = loader(text)
+    return parser, parser.get_single_node()
 
 
 def yaml_value(text: str, loader: Any = yaml.SafeLoader) -> Any:
     """The value of an untrusted YAML text; raises as `yaml_root` does."""
-    made, root = yaml_root(text, loader)
+    parser, root = yaml_root(text, loader)
     try:
-        return None if root is None else made.construct_document(root)
+        return None if root is None else parser.construct_document(root)
     except KeyError as error:  # e.g. `!!bool maybe`
         raise ValueError(f"{error} is not what its tag says") from error
 
@@ -108,25 +108,25 @@ def write_atomically(path: Path, value: Any) -> None:
 
 def write_text_atomically(path: Path, content: str | bytes) -> None:
     """Write a file (text as UTF-8), atomically."""
-    with written_aside(path) as aside:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+    with atomic_path(path) as temp:
+        temp.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path to write to; on success it is fsynced and renamed to `path`, else removed."""
-    aside = aside_of(path)
+    temp = temp_path(path)
     try:
-        yield aside
-        fsync(aside)
-        os.replace(aside, path)
+        yield temp
+        fsync(temp)
+        os.replace(temp, path)
     except BaseException:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temp.unlink(missing_ok=True)
         raise
 
 
-def aside_of(path: Path) -> Path:
+def temp_path(path: Path) -> Path:
     """The temporary path of a file or folder until it is renamed; `sweep` finds it by this name."""
     return path.with_name(f".tmp-{path.name}-{os.getpid()}")
 
@@ -173,15 +173,15 @@ def check_output(path: str | Path, ours: str = "", inputs: Sequence[Any] = (), f
     def refusal(what: str, how: str) -> ConfigError:
         return ConfigError(flag, f"{path} {what}", how) if flag else ConfigError(str(path), what, how)
 
-    for given in inputs:
-        name = given.rpartition(":")[0] if isinstance(given, str) and ".py:" in given else given
+    for source in inputs:
+        name = source.rpartition(":")[0] if isinstance(source, str) and ".py:" in source else source
         with suppress(OSError, ValueError):
             if isinstance(name, (str, Path)) and name and Path(name).expanduser().samefile(file):
                 raise refusal("is what this command reads", "give another name")
     try:
         if file.is_file() and file.stat().st_size:
-            with file.open(encoding="utf-8", errors="replace") as held:
-                if not (ours and re.match(ours, held.read(HEAD))):
+            with file.open(encoding="utf-8", errors="replace") as existing:
+                if not (ours and re.match(ours, existing.read(HEAD))):
                     what = "already exists, and this command did not write it"
                     raise refusal(what, "give another name, or move that file away")
     except (OSError, ValueError) as error:
@@ -205,8 +205,8 @@ def write_output(path: str | Path, text: str) -> Path:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno in FULL | {errno.EIO}:
             raise disk_error(file, error) from error
-        what = getattr(error, "strerror", None) or error
-        raise ConfigError(str(path), f"cannot be written ({what})", "give another place") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(str(path), f"cannot be written ({reason})", "give another place") from error
     return file
 
 
@@ -223,10 +223,10 @@ def os_error(error: BaseException | None) -> OSError | None:
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        found = re.search(r"\((?:os error|\[errno) (\d+)[)\]]|\[errno (\d+)\]", str(error), re.IGNORECASE)
+        match = re.search(r"\((?:os error|\[errno) (\d+)[)\]]|\[errno (\d+)\]", str(error), re.IGNORECASE)
         number = error.errno if isinstance(error, OSError) else None
-        if number is None and found:
-            number = int(found[1] or found[2])
+        if number is None and match:
+            number = int(match[1] or match[2])
         if number is not None:
             return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
@@ -235,11 +235,11 @@ def os_error(error: BaseException | None) -> OSError | None:
 
 def free_bytes(path: Path) -> int | None:
     """Free space on the disk of a path, which need not exist; None if unknown."""
-    there = path
-    while not os.path.lexists(there) and there != there.parent:
-        there = there.parent
+    ancestor = path
+    while not os.path.lexists(ancestor) and ancestor != ancestor.parent:
+        ancestor = ancestor.parent
     try:
-        return shutil.disk_usage(there).free
+        return shutil.disk_usage(ancestor).free
     except OSError:
         return None
 
@@ -247,13 +247,13 @@ def free_bytes(path: Path) -> int | None:
 def disk_error(path: Path, error: OSError) -> DiskError:
     """The DiskError for a failed write, with free space and advice."""
     free = free_bytes(path)
-    said = error.strerror if free is None else f"{error.strerror}, {gigabytes(free)} free there"
+    reason = error.strerror if free is None else f"{error.strerror}, {gigabytes(free)} free there"
     how = "check the disk"
     if error.errno in FULL:
         how = "free some space"
     elif error.errno in CLOSED:
         how = "make it writable, or choose another place"
-    return DiskError(str(path), f"cannot be written ({said})", f"{how}, then run the same command again")
+    return DiskError(str(path), f"cannot be written ({reason})", f"{how}, then run the same command again")
 
 
 def append_line(path: Path, row: Any) -> None:
@@ -275,9 +275,9 @@ def append_line(path: Path, row: Any) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX)
             size = whole_lines(handle)
             try:
-                done = os.write(handle, line)
-                if done < len(line):
-                    done += os.write(handle, line[done:])
+                written = os.write(handle, line)
+                if written < len(line):
+                    written += os.write(handle, line[written:])
                 os.fsync(handle)
             except OSError:
                 os.ftruncate(handle, size)
@@ -296,8 +296,8 @@ def whole_lines(handle: int) -> int:
     while end:
         start = max(0, end - (1 << 16))
         block = os.pread(handle, end - start, start)
-        if (at := block.rfind(b"\n")) >= 0:
-            end = start + at + 1
+        if (newline := block.rfind(b"\n")) >= 0:
+            end = start + newline + 1
             break
         end = start
     if end < size:
@@ -317,10 +317,10 @@ def writing(path: Path) -> Iterator[None]:
     except PenchantError:
         raise
     except Exception as error:
-        found = os_error(error)
-        if found is None or found.errno not in ANYWHERE | FAILING:
+        cause = os_error(error)
+        if cause is None or cause.errno not in ANYWHERE | FAILING:
             raise
-        raise disk_error(path, found) from error
+        raise disk_error(path, cause) from error
 
 
 @contextmanager
@@ -353,13 +353,13 @@ def check_model_folder(folder: Path) -> None:
 def _check_export(folder: Path) -> None:
     how = f"export it again (to take it as it is, delete {EXPORT} in it)"
     try:
-        written = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["sha256"]
-        bad = [name for name, sha256 in written.items() if file_sha256(folder / name) != sha256]
+        hashes = json.loads((folder / EXPORT).read_text(encoding="utf-8"))["sha256"]
+        changed = [name for name, sha256 in hashes.items() if file_sha256(folder / name) != sha256]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"cannot be read, or names a file that cannot ({error})"
         raise CheckpointError(str(folder / EXPORT), what, how) from error
-    if bad:
-        raise CheckpointError(str(folder / bad[0]), "differs from what was exported", how)
+    if changed:
+        raise CheckpointError(str(folder / changed[0]), "differs from what was exported", how)
 
 
 def check_sums(checkpoint: Path, names: str = "") -> None:

@@ -22,19 +22,21 @@ OWN = "penchant_own_"  # prefix of the module names of users' files
 GIVEN: dict[str, Any] = {}  # objects given to this process, by path.py:name; used instead of the file
 
 
-def python_function(name: str, where: str = "reward", takes: Sequence[str] = ("prompts", "completions")) -> Any:
+def python_function(
+    name: str, where: str = "reward", argument_names: Sequence[str] = ("prompts", "completions")
+) -> Any:
     """Load the function that ``path.py:function`` names, by running its file.
 
     Args:
-        where: what it is for, in errors; takes: its arguments, in order.
+        where: what it is for, in errors; argument_names: its arguments, in order.
 
     Raises:
         ConfigError: no such file or function, a file that cannot be imported, or a function with other parameters.
     """
     function = python_object(name, where)
-    arguments = ", ".join(takes)
+    arguments = ", ".join(argument_names)
     try:
-        inspect.signature(function).bind(*takes)
+        inspect.signature(function).bind(*argument_names)
     except TypeError as error:
         how = f"define it as def f({arguments}); what else it takes needs defaults"
         raise ConfigError(where, f"{name} does not take ({arguments}): {error}", how) from error
@@ -54,8 +56,8 @@ def python_object(name: str, where: str, kind: Literal["function", "class"] = "f
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(where, f"{path}: no such file", f"give the path of a Python file, then :{kind}")
-    if (given := GIVEN.get(f"{file.resolve()}:{attribute}")) is not None:
-        return given
+    if (replacement := GIVEN.get(f"{file.resolve()}:{attribute}")) is not None:
+        return replacement
     spec: Any = importlib.util.spec_from_file_location(f"{OWN}{file.stem}", file)
     module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look up their module there
@@ -65,13 +67,15 @@ def python_object(name: str, where: str, kind: Literal["function", "class"] = "f
             exec(spec.loader.source_to_code(file.read_bytes(), str(file)), module.__dict__)
     except (Exception, SystemExit) as error:  # a script that exits must not end the run silently
         raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        own = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+    loaded = getattr(module, attribute, None)
+    if not callable(loaded):
+        defined = [n for n, v in vars(module).items() if inspect.isfunction(v)]
         if kind == "class":  # leave out imported classes
-            own = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
-        raise ConfigError(where, f"{path} has no {kind} {attribute!r}", f"there are {', '.join(sorted(own)) or 'none'}")
-    return found
+            defined = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
+        raise ConfigError(
+            where, f"{path} has no {kind} {attribute!r}", f"there are {', '.join(sorted(defined)) or 'none'}"
+        )
+    return loaded
 
 
 @contextmanager
@@ -80,18 +84,18 @@ def no_exit() -> Iterator[None]:
 
     Child processes may still exit. C code cannot be intercepted.
     """
-    real, owner = os._exit, os.getpid()
+    real_exit, owner = os._exit, os.getpid()
 
-    def told(status: int) -> NoReturn:
+    def raise_exit(status: int) -> NoReturn:
         if os.getpid() == owner:
             raise SystemExit(status)
-        real(status)
+        real_exit(status)
 
-    os._exit = told  # type: ignore[assignment]
+    os._exit = raise_exit  # type: ignore[assignment]
     try:
         yield
     finally:
-        os._exit = real
+        os._exit = real_exit
 
 
 class TookTooLong(BaseException):
@@ -120,36 +124,36 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         return in_thread(call, seconds)
 
-    def ring(number: int, frame: Any) -> None:
+    def on_alarm(number: int, frame: Any) -> None:
         raise TookTooLong
 
-    before = signal.signal(signal.SIGALRM, ring)
+    previous_handler = signal.signal(signal.SIGALRM, on_alarm)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         return call()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        signal.signal(signal.SIGALRM, before)
+        signal.signal(signal.SIGALRM, previous_handler)
 
 
 def in_thread(call: Callable[[], Any], seconds: float | None) -> Any:
-    made: list[Any] = []
-    failed: list[BaseException] = []
+    results: list[Any] = []
+    errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            made.append(call())
+            results.append(call())
         except BaseException as error:  # raised again in the waiting thread
-            failed.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=work, daemon=True, name="own code")
     thread.start()
     thread.join(seconds)
     if thread.is_alive():
         raise TookTooLong
-    if failed:
-        raise failed[0]
-    return made[0]
+    if errors:
+        raise errors[0]
+    return results[0]
 
 
 def is_own(name: str) -> bool:
@@ -166,22 +170,22 @@ def own_sha256(name: str) -> str | None:
     """SHA-256 of that file and of its imports from its folder; None for any other name or a missing file."""
     if not is_own(name) or not own_file(name).is_file():
         return None
-    own, beside = file_sha256(own_file(name)), imported_sha256(name)
-    return hashlib.sha256(repr((own, beside)).encode()).hexdigest() if beside else own
+    file_hash, import_hashes = file_sha256(own_file(name)), imported_sha256(name)
+    return hashlib.sha256(repr((file_hash, import_hashes)).encode()).hexdigest() if import_hashes else file_hash
 
 
 def imported_sha256(name: str) -> dict[str, str]:
     """SHA-256 of each file in or below the folder of ``path.py:name`` that it imports, at any depth, by relative path."""
     start = own_file(name)
     root, todo = start.parent, [start]
-    found: dict[Path, None] = {}
+    imported: dict[Path, None] = {}
     while todo:
-        at = todo.pop()
-        for path in _imports(at, root):
-            if path not in found and path != start:
-                found[path] = None
+        file = todo.pop()
+        for path in _imports(file, root):
+            if path not in imported and path != start:
+                imported[path] = None
                 todo.append(path)
-    return {str(path.relative_to(root)): file_sha256(path) for path in sorted(found)}
+    return {str(path.relative_to(root)): file_sha256(path) for path in sorted(imported)}
 
 
 def _imports(file: Path, root: Path) -> Iterator[Path]:
@@ -200,8 +204,8 @@ def _imports(file: Path, root: Path) -> Iterator[Path]:
             module = [node.module] if node.module else []
             names = [".".join([*module, alias.name]) for alias in node.names]
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            called = getattr(node.func, "attr", getattr(node.func, "id", None))
-            names = [str(node.args[0].value)] if called in ("import_module", "__import__") else []
+            callee = getattr(node.func, "attr", getattr(node.func, "id", None))
+            names = [str(node.args[0].value)] if callee in ("import_module", "__import__") else []
         for name in names:
             parts = name.split(".")
             for n in range(1, len(parts) + 1):

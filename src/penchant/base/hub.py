@@ -39,10 +39,10 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    failed: type[PenchantError] = ModelError if kind == "model" else DataError
+    error_class: type[PenchantError] = ModelError if kind == "model" else DataError
     cached = kind == "model" and isinstance(try_to_load_from_cache(name, "config.json"), str)
-    asked = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
-    why = "HF_HUB_OFFLINE is set" if asked else "the hub cannot be reached"
+    offline_requested = os.environ.get("HF_HUB_OFFLINE", "").upper() in constants.ENV_VARS_TRUE_VALUES
+    reason = "HF_HUB_OFFLINE is set" if offline_requested else "the hub cannot be reached"
     if _gone_since and time.monotonic() - _gone_since[0] > AGAIN:
         reset_hub_state()
     if not constants.HF_HUB_OFFLINE:
@@ -51,21 +51,21 @@ def check_hub(name: str, kind: Literal["model", "dataset"] = "model") -> None:
             return
         except RepositoryNotFoundError as error:
             how = "check the name; for a private one set HF_TOKEN"
-            raise failed(name, f"is not here, and the hub has no such {kind}", how) from error
+            raise error_class(name, f"is not here, and the hub has no such {kind}", how) from error
         except HFValidationError as error:
-            raise failed(name, "is not here, and not a hub id either", "a hub id is written owner/name") from error
+            raise error_class(name, "is not here, and not a hub id either", "a hub id is written owner/name") from error
         except HfHubHTTPError:
             return  # no access, or an error of the hub: loading it will report which
         except Exception:  # from any HTTP library; the next check need not wait
-            why = "the hub cannot be reached"
+            reason = "the hub cannot be reached"
             constants.HF_HUB_OFFLINE = True
             _gone_since[:] = [time.monotonic()]
     if not cached and kind == "model":
         raise HubUnreachable(
-            name, f"is neither a folder here nor in the hub's cache, and {why}", "check the name, or give a folder"
+            name, f"is neither a folder here nor in the hub's cache, and {reason}", "check the name, or give a folder"
         )
-    if kind == "dataset" and not asked:  # only the datasets library knows what it has cached
-        raise DataError(name, f"is not a file here, and {why}", "check the name, or give a file")
+    if kind == "dataset" and not offline_requested:  # only the datasets library knows what it has cached
+        raise DataError(name, f"is not a file here, and {reason}", "check the name, or give a file")
 
 
 def snapshot(name: str, revision: str | None, patterns: Sequence[str]) -> Path | None:

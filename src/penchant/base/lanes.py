@@ -37,12 +37,12 @@ class Turns:
 
     def __init__(self, strands: Sequence[Hashable] = ()) -> None:
         self.collected: dict[Hashable, Any] = {}
-        met: Counter[Hashable] = Counter()
+        counts: Counter[Hashable] = Counter()
         self._places = []  # of each pass: its strand, and its number within it
         for strand in strands:
-            self._places.append((strand, met[strand]))
-            met[strand] += 1
-        self._changed = threading.Condition()
+            self._places.append((strand, counts[strand]))
+            counts[strand] += 1
+        self._condition = threading.Condition()
         self._next: dict[Hashable, int] = {}
         self._ended: set[tuple[Hashable, int]] = set()
         self._all_ended: Counter[Hashable] = Counter()  # per strand: all passes below this number have ended
@@ -60,35 +60,35 @@ class Turns:
             raise
         finally:
             _HERE.at = None
-        with self._changed:
+        with self._condition:
             self._ended.add((strand, number))
             while (first := (strand, self._all_ended[strand])) in self._ended:
                 self._ended.remove(first)
                 self._all_ended[strand] += 1
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def wait(self, key: Hashable, strand: Hashable, number: int) -> None:
-        with self._changed:
+        with self._condition:
             while max(self._next.get(key, 0), self._all_ended[strand]) < number:
                 if self._failed:
                     raise _Abandoned
-                self._changed.wait()
+                self._condition.wait()
 
     def pass_on(self, key: Hashable, number: int) -> None:
-        with self._changed:
+        with self._condition:
             self._next[key] = max(self._next.get(key, 0), number + 1)
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def abandon(self) -> None:
         """Stop all waiting passes."""
-        with self._changed:
+        with self._condition:
             self._failed = True
-            self._changed.notify_all()
+            self._condition.notify_all()
 
     def close(self) -> None:
         """Write what was deferred, after all passes."""
-        for kept in self.collected.values():
-            kept.write()
+        for deferred in self.collected.values():
+            deferred.write()
         self.collected.clear()
 
 
@@ -99,11 +99,11 @@ def turn(key: Hashable, *, last: bool = True) -> Iterator[Turns | None]:
     Args:
         last: whether this is the pass's last addition to `key`.
     """
-    at: tuple[Turns, Hashable, int] | None = getattr(_HERE, "at", None)
-    if at is None:
+    place: tuple[Turns, Hashable, int] | None = getattr(_HERE, "at", None)
+    if place is None:
         yield None
         return
-    turns, strand, number = at
+    turns, strand, number = place
     turns.wait(key, strand, number)
     yield turns
     if last:
@@ -114,29 +114,29 @@ def in_order(parameter: Any) -> None:
     """Make autograd add to `parameter.grad` in the order of passes; call it after registering other hooks."""
     key = (id(parameter), "autograd")
 
-    def wait_for_it(_: Any, last: bool = False) -> None:
+    def wait_turn(_: Any, last: bool = False) -> None:
         with turn(key, last=last):
             pass
 
-    parameter.register_hook(wait_for_it)
-    parameter.register_post_accumulate_grad_hook(partial(wait_for_it, last=True))  # and lets the next pass continue
+    parameter.register_hook(wait_turn)
+    parameter.register_post_accumulate_grad_hook(partial(wait_turn, last=True))  # and lets the next pass continue
 
 
 @lru_cache(maxsize=4)
-def _pool(lanes: int, each: int, _process: int) -> ThreadPoolExecutor:
-    """Threads whose operations use `each` threads; a forked process creates its own."""
-    here = torch.get_num_threads()
+def _pool(lanes: int, threads_per_lane: int, _process: int) -> ThreadPoolExecutor:
+    """Threads whose operations use `threads_per_lane` threads; a forked process creates its own."""
+    threads = torch.get_num_threads()
 
     def start() -> None:
         torch.get_num_threads()  # the first query initializes this thread's number, so it must come first
-        torch.set_num_threads(each)
+        torch.set_num_threads(threads_per_lane)
 
     pool = ThreadPoolExecutor(lanes, "lane", initializer=start)
-    all_there = threading.Barrier(lanes + 1)
+    all_started = threading.Barrier(lanes + 1)
     for _ in range(lanes):
-        pool.submit(all_there.wait)
-    all_there.wait()
-    torch.set_num_threads(here)  # the last setting is also what new threads start with
+        pool.submit(all_started.wait)
+    all_started.wait()
+    torch.set_num_threads(threads)  # the last setting is also what new threads start with
     return pool
 
 
@@ -159,7 +159,7 @@ def side_by_side(
     lanes = max(1, min(threads, most))
     grad = torch.is_grad_enabled()
 
-    def one(i: int) -> R:
+    def run_item(i: int) -> R:
         with torch.set_grad_enabled(grad):
             if turns is None:
                 return call(items[i])
@@ -167,49 +167,49 @@ def side_by_side(
                 return call(items[i])
 
     if lanes == 1:
-        yield from map(one, range(len(items)))
+        yield from map(run_item, range(len(items)))
         return
-    changed = threading.Condition()
-    done: dict[int, R] = {}
+    condition = threading.Condition()
+    results: dict[int, R] = {}
     errors: dict[int, BaseException] = {}
-    begun = running = 0
+    started = running = 0
     stop = False
 
     def work() -> None:
-        nonlocal begun, running
+        nonlocal started, running
         while True:
-            with changed:
-                if stop or begun == len(items):
+            with condition:
+                if stop or started == len(items):
                     return
-                i, begun = begun, begun + 1
+                i, started = started, started + 1
                 running += 1
             try:
-                made = one(i)
+                result = run_item(i)
             except BaseException as error:
-                with changed:
+                with condition:
                     errors[i] = error
-                    changed.notify_all()
+                    condition.notify_all()
                 return
-            with changed:
-                done[i] = made
+            with condition:
+                results[i] = result
                 running -= 1
-                changed.notify_all()
+                condition.notify_all()
 
     pool = _pool(lanes, threads // lanes, os.getpid())
     workers = [pool.submit(work) for _ in range(min(lanes, len(items)))]
     try:
         for i in range(len(items)):
-            with changed:
-                while i not in done and not errors:
-                    changed.wait()
+            with condition:
+                while i not in results and not errors:
+                    condition.wait()
                 if errors:
                     break
-                made = done.pop(i)
-            yield made
+                result = results.pop(i)
+            yield result
     finally:
-        with changed:
+        with condition:
             stop = True
-            changed.notify_all()
+            condition.notify_all()
         if turns is not None and running:  # this thread was interrupted, or a pass failed
             turns.abandon()
         wait(workers)

@@ -17,14 +17,14 @@ def mistake(error: BaseException) -> PenchantError | None:
     """The error for an exception that users can fix: lack of memory, a missing operation, a disk, their own file; else None."""
     if isinstance(error, PenchantError):
         return error
-    said = short(str(error), 200)
+    message = short(str(error), 200)
     if isinstance(error, MemoryError) or re.search("can't allocate memory|out of memory", str(error)):
-        return PenchantError("not enough memory", said or "there is none left", "ask for less at a time")
-    if isinstance(error, NotImplementedError) and (lacks := re.search(r"for the (MPS|XPU) device", str(error))):
-        return PenchantError(f"torch lacks an operation {lacks[0]}", said, "set model.device=cpu")
-    found = os_error(error)
-    if found is not None and found.errno in ANYWHERE | {errno.ENAMETOOLONG}:
-        return disk_error(Path(getattr(error, "filename", None) or "."), found)
+        return PenchantError("not enough memory", message or "there is none left", "ask for less at a time")
+    if isinstance(error, NotImplementedError) and (match := re.search(r"for the (MPS|XPU) device", str(error))):
+        return PenchantError(f"torch lacks an operation {match[0]}", message, "set model.device=cpu")
+    cause = os_error(error)
+    if cause is not None and cause.errno in ANYWHERE | {errno.ENAMETOOLONG}:
+        return disk_error(Path(getattr(error, "filename", None) or "."), cause)
     return _own(error)
 
 

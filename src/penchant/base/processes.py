@@ -55,11 +55,11 @@ def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: Workers) -
         yield from map(function, tasks)
         return
     idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-    started = [_Process() for _ in range(workers)]
-    for process in started:
+    processes = [_Process() for _ in range(workers)]
+    for process in processes:
         idle.put(process)
 
-    def done(task: T) -> Any:
+    def call_idle(task: T) -> Any:
         process = idle.get()
         try:
             return process.call(function, task)
@@ -70,7 +70,7 @@ def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: Workers) -
     pool = ThreadPoolExecutor(workers)
     try:
         for task in tasks:
-            waiting.append(pool.submit(done, task))
+            waiting.append(pool.submit(call_idle, task))
             if len(waiting) > AHEAD * workers:
                 yield waiting.popleft().result()
         while waiting:
@@ -78,7 +78,7 @@ def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: Workers) -
     finally:
         for future in waiting:
             future.cancel()
-        for process in started:
+        for process in processes:
             process.end()
         pool.shutdown()
 
@@ -100,12 +100,12 @@ class _Process:
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             _send(self._process.stdin, (function, task))
-            done, result = pickle.load(self._process.stdout)
+            succeeded, result = pickle.load(self._process.stdout)
         except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
             code = self._process.wait()
             what = f"a worker process ended with {code}; there may be too little memory for so many"
             raise ConfigError("workers", what, "give fewer, or 1") from error
-        return result if done else _raise(result)
+        return result if succeeded else _raise(result)
 
     def end(self) -> None:
         self._process.kill()
@@ -128,8 +128,8 @@ def _picklable_error(error: Exception) -> tuple[Any, ...]:
     return (RuntimeError, "".join(traceback.format_exception(error)))
 
 
-def _raise(told: tuple[Any, ...]) -> Any:
-    raise told[0](*told[1:])
+def _raise(error_tuple: tuple[Any, ...]) -> Any:
+    raise error_tuple[0](*error_tuple[1:])
 
 
 def _run_task(function: Callable[[T], R], task: T) -> tuple[bool, Any]:
@@ -150,33 +150,33 @@ def _on_ray(function: Callable[[T], R], tasks: Iterable[T]) -> Iterator[R]:
             ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), log_to_driver=False)
         except ConnectionError as error:
             raise ConfigError("workers", "no Ray cluster was found", "set RAY_ADDRESS, or start one") from error
-    tried = ray.remote(_run_task)
-    most = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
+    remote_task = ray.remote(_run_task)
+    max_waiting = AHEAD * max(1, int(ray.cluster_resources().get("CPU", 1)))
     waiting: deque[Any] = deque()
 
-    def next_one() -> R:
-        done, result = ray.get(waiting.popleft())
-        found: R = result if done else _raise(result)
-        return found
+    def next_result() -> R:
+        succeeded, result = ray.get(waiting.popleft())
+        value: R = result if succeeded else _raise(result)
+        return value
 
     for task in tasks:
-        waiting.append(tried.remote(function, task))
-        if len(waiting) > most:
-            yield next_one()
+        waiting.append(remote_task.remote(function, task))
+        if len(waiting) > max_waiting:
+            yield next_result()
     while waiting:
-        yield next_one()
+        yield next_result()
 
 
 def _serve() -> None:
     """The worker's loop: run tasks from stdin until it is closed. Whatever a task prints goes to stderr."""
-    asked, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     while True:
         try:
-            function, task = pickle.load(asked)
+            function, task = pickle.load(requests)
         except EOFError:
             return
-        _send(answers, _run_task(function, task))
+        _send(replies, _run_task(function, task))
 
 
 if __name__ == "__main__":

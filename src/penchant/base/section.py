@@ -16,11 +16,11 @@ from penchant.base.machine import DEVICES, INDEXED
 SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
-def _parse_device(given: str) -> str:
-    kind, colon, number = given.partition(":")
+def _parse_device(device_name: str) -> str:
+    kind, colon, number = device_name.partition(":")
     if kind not in DEVICES or (colon and not (kind in INDEXED and re.fullmatch("0|[1-9][0-9]{0,2}", number))):
-        raise ValueError(f"is {given!r}; give {', '.join(DEVICES)}, or one of several GPUs: cuda:1")
-    return given
+        raise ValueError(f"is {device_name!r}; give {', '.join(DEVICES)}, or one of several GPUs: cuda:1")
+    return device_name
 
 
 Place = Annotated[str, AfterValidator(_parse_device)]  # device of a model other than the trained one
@@ -58,11 +58,11 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     """
     if _RECORDED.get():
         return
-    for name, why in idle.items():
+    for name, reason in idle.items():
         info = type(section).model_fields[name]
         if getattr(section, name) != info.get_default(call_default_factory=True):  # a resolved config has every key
             key = info.alias or name
-            raise ValueError(f"{prefix}{key} has no effect {why.format(key)}")
+            raise ValueError(f"{prefix}{key} has no effect {reason.format(key)}")
 
 
 def as_yaml(value: Any) -> str:
@@ -76,5 +76,5 @@ def as_yaml(value: Any) -> str:
 
 def bounds(info: FieldInfo) -> str:
     """The range of a number: ``> 0, <= 16,777,216``; empty if it has none."""
-    found = [(sign, getattr(m, name)) for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
-    return ", ".join(f"{sign} {int(at):,}" if at == int(at) else f"{sign} {at:g}" for sign, at in found)
+    limits = [(sign, getattr(m, name)) for m in info.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
+    return ", ".join(f"{sign} {int(limit):,}" if limit == int(limit) else f"{sign} {limit:g}" for sign, limit in limits)

@@ -48,30 +48,30 @@ class Shown:
 
     def write(self, text: str) -> int:
         # another library's progress bar returns to the start of its line, or goes one line up
-        moved = re.match(r"\r|\n*(?:\x1b\[A)+\Z", text) if self.isatty() else None
-        start = moved[0] if moved else ""
-        fit = start + for_terminal(text[len(start) :])
+        match = re.match(r"\r|\n*(?:\x1b\[A)+\Z", text) if self.isatty() else None
+        prefix = match[0] if match else ""
+        safe_text = prefix + for_terminal(text[len(prefix) :])
         try:
             try:
-                self.unescaped.write(fit)
+                self.unescaped.write(safe_text)
             except UnicodeEncodeError as error:
-                self.unescaped.write(fit.encode(error.encoding, "backslashreplace").decode(error.encoding))
+                self.unescaped.write(safe_text.encode(error.encoding, "backslashreplace").decode(error.encoding))
         except BrokenPipeError as error:
-            self._left(error)
+            self._handle_broken_pipe(error)
         return len(text)
 
     def flush(self) -> None:
         try:
             self.unescaped.flush()
         except BrokenPipeError as error:
-            self._left(error)
+            self._handle_broken_pipe(error)
 
-    def _left(self, error: BrokenPipeError) -> None:
+    def _handle_broken_pipe(self, error: BrokenPipeError) -> None:
         if not self.leaves:
             raise error
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.unescaped.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, self.unescaped.fileno())
+        os.close(devnull)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.unescaped, name)
@@ -87,9 +87,9 @@ def shown(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
-def clean(text: object, most: int = 4000) -> str:
+def clean(text: object, max_chars: int = 4000) -> str:
     """A text as one line that is safe for a terminal: control, format and bidirectional characters are escaped."""
-    return "".join(_plain(c) for c in str(text)[:most])
+    return "".join(_plain(c) for c in str(text)[:max_chars])
 
 
 def _plain(c: str) -> str:
@@ -98,9 +98,9 @@ def _plain(c: str) -> str:
     return " " if c == "\t" or unicodedata.category(c) == "Zs" else printable(c)
 
 
-def short(text: str, most: int = 80) -> str:
-    """Shorten a text to at most `most` characters."""
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def short(text: str, max_chars: int = 80) -> str:
+    """Shorten a text to at most `max_chars` characters."""
+    return text if len(text) <= max_chars else f"{text[: max_chars - 3]}..."
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
@@ -119,21 +119,21 @@ def repeated(names: Iterable[str]) -> list[str]:
     return [name for name, count in Counter(names).items() if count > 1]
 
 
-def counted(n: float, one: str, many: str = "") -> str:
+def counted(n: float, singular: str, plural: str = "") -> str:
     """``1 run``, ``1,200 runs``."""
-    return f"{n:,.0f} {one if n == 1 else many or one + 's'}"
+    return f"{n:,.0f} {singular if n == 1 else plural or singular + 's'}"
 
 
-def closest(word: str, names: Iterable[str], least: float = 0.6) -> str:
+def closest(word: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """The name most similar to a word; empty if none is.
 
     Args:
-        least: minimum similarity, in [0, 1]; a name with two letters swapped (dop, dpo) takes precedence.
+        cutoff: minimum similarity, in [0, 1]; a name with two letters swapped (dop, dpo) takes precedence.
     """
-    there = list(names)
-    same = [n for n in there if sorted(n.lower()) == sorted(word.lower())]
-    swapped = [n for n in same if sum(a != b for a, b in zip(n.lower(), word.lower(), strict=True)) <= 2]
-    return next(iter(swapped or difflib.get_close_matches(word, there, 1, least)), "")
+    candidates = list(names)
+    anagrams = [n for n in candidates if sorted(n.lower()) == sorted(word.lower())]
+    swapped = [n for n in anagrams if sum(a != b for a, b in zip(n.lower(), word.lower(), strict=True)) <= 2]
+    return next(iter(swapped or difflib.get_close_matches(word, candidates, 1, cutoff)), "")
 
 
 def closest_file(path: Path, names: Iterable[str] | None = None) -> str:
@@ -143,14 +143,14 @@ def closest_file(path: Path, names: Iterable[str] | None = None) -> str:
     stems: dict[str, str] = {}
     for name in sorted(names, key=lambda n: (Path(n).suffix != path.suffix, n)):
         stems.setdefault(Path(name.removesuffix(".gz")).stem, name)
-    near = closest(Path(path.name.removesuffix(".gz")).stem, stems, 0.65)
-    return str(path.parent / stems[near]) if near else ""
+    match = closest(Path(path.name.removesuffix(".gz")).stem, stems, 0.65)
+    return str(path.parent / stems[match]) if match else ""
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """``did you mean "x"?``, or a list of all names."""
-    near = closest(word, names)
-    return f'did you mean "{near}"?' if near else f"there are {', '.join(names)}"
+    match = closest(word, names)
+    return f'did you mean "{match}"?' if match else f"there are {', '.join(names)}"
 
 
 # ---- Text without secrets: a library's error message may contain a token that it was given ----
@@ -176,9 +176,9 @@ HIDDEN = "[hidden]"
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     """Hide every recognizable secret in `text`: values of variables named ..TOKEN or ..KEY, known token formats, logins in URLs."""
-    found = os.environ if environment is None else environment
-    secrets = {v for k, v in found.items() if SECRET_NAMES.search(k) and len(v) >= SHORTEST and not v.isdecimal()}
-    for secret in sorted(secrets | _stored_token(found), key=len, reverse=True):
+    variables = os.environ if environment is None else environment
+    secrets = {v for k, v in variables.items() if SECRET_NAMES.search(k) and len(v) >= SHORTEST and not v.isdecimal()}
+    for secret in sorted(secrets | _stored_token(variables), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     text = BEARER.sub(lambda m: f"{m[1] or m[2]} {HIDDEN}", without_passwords(text))
     return KNOWN_SHAPES.sub(HIDDEN, text)
@@ -191,8 +191,8 @@ def without_passwords(text: str) -> str:
 
 def one_line(text: str, longest: int = 300) -> str:
     """Printable text on one line, such as a server's reply for a terminal."""
-    flat = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return short(flat, longest)
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return short(line, longest)
 
 
 def told(error: BaseException) -> str:

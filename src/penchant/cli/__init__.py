@@ -85,8 +85,8 @@ class _Commands(argparse._SubParsersAction):  # type: ignore[type-arg]
     """Subcommands whose own help starts with their line in the list of commands."""
 
     def add_parser(self, name: str, **given: Any) -> Any:
-        about = given.get("help", "")
-        return super().add_parser(name, **{"description": f"{about[:1].upper()}{about[1:]}.", **given})
+        help_text = given.get("help", "")
+        return super().add_parser(name, **{"description": f"{help_text[:1].upper()}{help_text[1:]}.", **given})
 
 
 class _Parser(argparse.ArgumentParser):
@@ -130,10 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _printable_output() -> Iterator[None]:
     """Make everything printed within the block printable and free of secrets."""
     with ExitStack() as stack:
-        for name, replacing in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
             stream = unescaped(getattr(sys, name))
             if stream is not None:
-                stack.enter_context(replacing(Shown(stream)))  # type: ignore[type-var]
+                stack.enter_context(redirect(Shown(stream)))  # type: ignore[type-var]
         try:
             yield
         except Exception:
@@ -190,11 +190,11 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"penchant: your code called exit({stop.code}), so the command did not finish", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) and stop.code > 0 else 2
     except Exception as error:
-        told = mistake(error)
-        if told is None:
+        user_error = mistake(error)
+        if user_error is None:
             raise
-        print(f"penchant: {told}", file=sys.stderr)
-        return told.exit_code
+        print(f"penchant: {user_error}", file=sys.stderr)
+        return user_error.exit_code
 
 
 def _suggest_setting(args: argparse.Namespace, unknown: Sequence[str], command: str) -> str:
@@ -219,15 +219,15 @@ def _check_config(args: argparse.Namespace) -> Any:
     Raises:
         PenchantError: as the command itself would.
     """
-    reads = getattr(args, "reads", None)
-    if reads is None or os.environ.get("PENCHANT_REEXECUTED"):
+    config_kind = getattr(args, "reads", None)
+    if config_kind is None or os.environ.get("PENCHANT_REEXECUTED"):
         return None
-    if reads == "pipeline":
+    if config_kind == "pipeline":
         from penchant.pipeline import load_pipeline
 
         load_pipeline(args.config, args.overrides)
         return None
-    if reads == "sweep":
+    if config_kind == "sweep":
         from penchant.sweep import load_sweep
 
         load_sweep(args.config, args.overrides)
@@ -241,8 +241,8 @@ def _check_config(args: argparse.Namespace) -> Any:
     from penchant.rollout.environment import check_environment_name
     from penchant.runfolder import check_run_folder, leads_to_model
 
-    more = import_module("penchant.cli.train").launch_settings(args) if args.command == "train" else []
-    config = load_config(args.config, [*args.overrides, *more])
+    launch_overrides = import_module("penchant.cli.train").launch_settings(args) if args.command == "train" else []
+    config = load_config(args.config, [*args.overrides, *launch_overrides])
     if args.command == "eval":
         return config  # a finished run does not need its base model nor, with --data, its own rows
     check_run_folder(Path(config.output).expanduser())
@@ -260,13 +260,13 @@ def _check_config(args: argparse.Namespace) -> Any:
     return config
 
 
-def _reexecute(device: str, several: bool) -> None:
+def _reexecute(device: str, is_distributed: bool) -> None:
     """Re-execute this process once, with the environment for the device it will use."""
     for name, value in FALLBACK_ENV.get(device, {}).items():  # works without re-execution: no torch yet
         os.environ.setdefault(name, value)
     if sys.platform != "linux" or os.environ.get("PENCHANT_REEXECUTED") or "pytest" in sys.modules:
         return
-    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment_of(device, several))
+    os.execve(sys.executable, [sys.executable, "-m", "penchant", *sys.argv[1:]], environment_of(device, is_distributed))
 
 
 def environment_of(device: str, several: bool = False) -> dict[str, str]:
@@ -284,8 +284,8 @@ def _is_distributed(args: argparse.Namespace, config: Any) -> bool:
     """Return True if a command trains with several processes, whether torchrun started them or the command will."""
     from penchant.distributed.world import started_by_torchrun
 
-    asked = getattr(args, "processes", None) or (config.launch.processes if config is not None else "auto")
-    return started_by_torchrun() or asked not in ("auto", 1)
+    processes = getattr(args, "processes", None) or (config.launch.processes if config is not None else "auto")
+    return started_by_torchrun() or processes not in ("auto", 1)
 
 
 def _device_of(args: argparse.Namespace, config: Any) -> str:

@@ -14,23 +14,28 @@ from penchant.requests import MOST
 # ---- `--column ours=yours`, spelled the same in every command that reads rows ----
 
 
-def add_columns(parser: argparse.ArgumentParser | Any, *also: str, nargs: str | None = None) -> None:
+def add_columns(parser: argparse.ArgumentParser | Any, *aliases: str, nargs: str | None = None) -> None:
     """Add the options `--column` and `--bound`.
 
     Args:
-        also: older spellings of `--column`; `nargs` says whether they take several values at once.
+        aliases: older spellings of `--column`; `nargs` says whether they take several values at once.
     """
-    about = "which of your columns holds a field, as in prompt=question (repeatable)"
-    bound = "a bound on the size of rows: row_mb, nesting or unpacked (see data.bounds in docs/config.md)"
-    parser.add_argument("--bound", action="append", default=[], metavar="NAME=N", dest="bounds", help=bound)
-    parser.add_argument("--column", action="append", default=[], metavar="ours=yours", dest="columns", help=about)
-    if also:
+    column_help = "which of your columns holds a field, as in prompt=question (repeatable)"
+    bound_help = "a bound on the size of rows: row_mb, nesting or unpacked (see data.bounds in docs/config.md)"
+    parser.add_argument("--bound", action="append", default=[], metavar="NAME=N", dest="bounds", help=bound_help)
+    parser.add_argument("--column", action="append", default=[], metavar="ours=yours", dest="columns", help=column_help)
+    if aliases:
         parser.add_argument(
-            *also, nargs=nargs, action="extend", dest="columns", metavar="ours=yours", help="several of these at once"
+            *aliases,
+            nargs=nargs,
+            action="extend",
+            dest="columns",
+            metavar="ours=yours",
+            help="several of these at once",
         )
 
 
-def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]:
+def column_pairs(items: Sequence[str], flag: str = "--column") -> dict[str, str]:
     """Parse ``["prompt=question"]`` into a mapping.
 
     Raises:
@@ -38,14 +43,14 @@ def column_pairs(given: Sequence[str], flag: str = "--column") -> dict[str, str]
     """
     from penchant.errors import ConfigError
 
-    found: dict[str, str] = {}
-    for item in given:
+    values: dict[str, str] = {}
+    for item in items:
         name, sign, value = item.partition("=")
         if not (name and sign and value):
             raise ConfigError(flag, f"{item!r} is not name=value", f"write {flag} name=value")
-        if found.setdefault(name, value) != value:
+        if values.setdefault(name, value) != value:
             raise ConfigError(flag, f"{name!r} is given twice", "give each name once")
-    return found
+    return values
 
 
 @contextmanager
@@ -55,8 +60,8 @@ def apply_bounds(args: argparse.Namespace) -> Iterator[None]:
     Raises:
         ConfigError: a bound is unknown, or its value is not a number in its range.
     """
-    given = column_pairs(getattr(args, "bounds", None) or (), "--bound")
-    if not given:
+    values = column_pairs(getattr(args, "bounds", None) or (), "--bound")
+    if not values:
         yield
         return
     from pydantic import ValidationError
@@ -65,12 +70,12 @@ def apply_bounds(args: argparse.Namespace) -> Iterator[None]:
     from penchant.errors import ConfigError
 
     try:
-        made = Bounds.model_validate_strings(given, strict=False)
+        bounds = Bounds.model_validate_strings(values, strict=False)
     except ValidationError as error:
         first = error.errors()[0]
-        where = "--bound " + ".".join(map(str, first["loc"]))
-        raise ConfigError(where, first["msg"], f"there are {', '.join(Bounds.model_fields)}") from error
-    token = BOUNDS.set(made)
+        flag = "--bound " + ".".join(map(str, first["loc"]))
+        raise ConfigError(flag, first["msg"], f"there are {', '.join(Bounds.model_fields)}") from error
+    token = BOUNDS.set(bounds)
     try:
         yield
     finally:
@@ -84,31 +89,31 @@ def add_arguments(parser: argparse.ArgumentParser, request: type) -> None:
     """Add the options described by the fields of a command's request; see `penchant.requests.option`."""
     kinds, groups = get_type_hints(request), {"": parser}
     for option in fields(request):
-        about, required = dict(option.metadata), option.default is MISSING and option.default_factory is MISSING
-        heading = about.get("group", "")
+        metadata, required = dict(option.metadata), option.default is MISSING and option.default_factory is MISSING
+        heading = metadata.get("group", "")
         if heading not in groups:
             groups[heading] = parser.add_argument_group(heading)  # type: ignore[assignment]
         if option.name == "columns":
-            add_columns(groups[heading], *about.get("also", ()), nargs="+")
+            add_columns(groups[heading], *metadata.get("also", ()), nargs="+")
             continue
-        inner = get_args(kinds[option.name])
-        kind = inner[0] if type(None) in inner else kinds[option.name]
-        given: dict[str, Any] = {"help": about["help"], "default": None if required else option.default}
-        if about.get("either"):
-            given["action"] = argparse.BooleanOptionalAction
+        type_args = get_args(kinds[option.name])
+        kind = type_args[0] if type(None) in type_args else kinds[option.name]
+        settings: dict[str, Any] = {"help": metadata["help"], "default": None if required else option.default}
+        if metadata.get("either"):
+            settings["action"] = argparse.BooleanOptionalAction
         elif kind is bool:
-            given["action"] = "store_true"
+            settings["action"] = "store_true"
         else:
-            given |= {"metavar": about["metavar"], "choices": about.get("choices")}
+            settings |= {"metavar": metadata["metavar"], "choices": metadata.get("choices")}
         if option.default in ((), MISSING) and not required:
-            given |= {"action": "append", "default": []}
+            settings |= {"action": "append", "default": []}
         elif kind in (int, float):
-            given["type"] = number_type(kind, about.get("low"), about.get("high"), about.get("above"))
-        if about.get("positional"):
-            groups[heading].add_argument(option.name, nargs=None if required else "?", **given)
+            settings["type"] = number_type(kind, metadata.get("low"), metadata.get("high"), metadata.get("above"))
+        if metadata.get("positional"):
+            groups[heading].add_argument(option.name, nargs=None if required else "?", **settings)
         else:
-            flag = about.get("flag", "--" + option.name.strip("_").replace("_", "-"))
-            groups[heading].add_argument(flag, dest=option.name, required=required, **given)
+            flag = metadata.get("flag", "--" + option.name.strip("_").replace("_", "-"))
+            groups[heading].add_argument(flag, dest=option.name, required=required, **settings)
 
 
 def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
@@ -117,14 +122,14 @@ def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
     Raises:
         ConfigError: an option cannot be parsed.
     """
-    found: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for option in fields(request):
-        value, read = getattr(args, option.name), option.metadata.get("read", lambda text: text)
+        value, parse = getattr(args, option.name), option.metadata.get("read", lambda text: text)
         if option.default_factory is not MISSING:
             pairs = column_pairs(value, option.metadata.get("flag", "--column"))
-            value = {name: read(text) for name, text in pairs.items()}
-        found[option.name] = read(value) if isinstance(value, str) else value
-    return found
+            value = {name: parse(text) for name, text in pairs.items()}
+        options[option.name] = parse(value) if isinstance(value, str) else value
+    return options
 
 
 def number_type(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:

@@ -51,13 +51,13 @@ def _compare_by_humans(args: argparse.Namespace) -> int:
 
     from penchant.metrics.humans import check_no_other_options, judge_by_humans
 
-    given, default = options_of(args, CompareRequest), asdict(CompareRequest())
-    check_no_other_options(args.judge, {name: value for name, value in given.items() if value != default[name]})
-    found = judge_by_humans(args.judge, args.runs)
+    options, defaults = options_of(args, CompareRequest), asdict(CompareRequest())
+    check_no_other_options(args.judge, {name: value for name, value in options.items() if value != defaults[name]})
+    comparison = judge_by_humans(args.judge, args.runs)
     if args.json:
         import json
 
-        print(json.dumps(found.to_json(), indent=1, ensure_ascii=False))
+        print(json.dumps(comparison.to_json(), indent=1, ensure_ascii=False))
     else:
-        print(found.to_text())
+        print(comparison.to_text())
     return 0

@@ -21,8 +21,8 @@ def add(commands: Any) -> None:
 # ---- `penchant data get`: its arguments and its handler ----
 
 
-def _add_get(verbs: Any) -> None:
-    get = verbs.add_parser(
+def _add_get(subparsers: Any) -> None:
+    get = subparsers.add_parser(
         "get", help="fetch a published data set, or read a copy of it, and write train, validation and test rows"
     )
     add_arguments(get, GetRequest)
@@ -52,8 +52,8 @@ def _get(args: argparse.Namespace) -> int:
 # ---- `penchant data formats`: the layouts that can be read ----
 
 
-def _add_formats(verbs: Any) -> None:
-    formats = verbs.add_parser("formats", help="list the row layouts that can be read, or describe one")
+def _add_formats(subparsers: Any) -> None:
+    formats = subparsers.add_parser("formats", help="list the row layouts that can be read, or describe one")
     formats.add_argument("name", nargs="?", metavar="NAME", help="describe one layout: columns, options, an example")
     formats.add_argument("--json", action="store_true", help="print JSON")
     formats.add_argument("--markdown", action="store_true", help="print docs/data_formats.md")
@@ -69,8 +69,8 @@ def _formats(args: argparse.Namespace) -> int:
     if args.markdown:
         print(markdown(), end="")
     elif args.json:
-        found = [layout_named(args.name, "data formats")] if args.name else LAYOUTS.values()
-        print(json.dumps([as_json(layout) for layout in found], ensure_ascii=False, indent=1))
+        layouts = [layout_named(args.name, "data formats")] if args.name else LAYOUTS.values()
+        print(json.dumps([as_json(layout) for layout in layouts], ensure_ascii=False, indent=1))
     else:
         print(describe(args.name) if args.name else text())
     return 0
@@ -79,8 +79,8 @@ def _formats(args: argparse.Namespace) -> int:
 # ---- `penchant data show`: a file's layout and its first rows as examples ----
 
 
-def _add_show(verbs: Any) -> None:
-    show = verbs.add_parser(
+def _add_show(subparsers: Any) -> None:
+    show = subparsers.add_parser(
         "show", help="show how a file's rows are read: the layout, why it was chosen, and the first examples"
     )
     show.add_argument("path", metavar="FILE", help="data file, or hub id (owner/name)")
@@ -104,9 +104,9 @@ def _show(args: argparse.Namespace) -> int:
 
     if args.rows < 1:
         raise ConfigError("-n", f"is {args.rows}", "give 1 or more")
-    named, options = column_pairs(args.columns), column_pairs(args.set, "--set")
-    found = preview(args.path, args.rows, shape=args.shape, columns=named, layout_options=options)
-    print(json.dumps(found.to_json(), ensure_ascii=True, indent=1) if args.json else found.to_text())
+    columns, options = column_pairs(args.columns), column_pairs(args.set, "--set")
+    sample = preview(args.path, args.rows, shape=args.shape, columns=columns, layout_options=options)
+    print(json.dumps(sample.to_json(), ensure_ascii=True, indent=1) if args.json else sample.to_text())
     return 0
 
 
@@ -115,8 +115,10 @@ def _show(args: argparse.Namespace) -> int:
 YAML = (".yaml", ".yml")
 
 
-def _add_audit(verbs: Any) -> None:
-    audit = verbs.add_parser("audit", help="count duplicates, contradictions, leakage, truncation, bias, personal data")
+def _add_audit(subparsers: Any) -> None:
+    audit = subparsers.add_parser(
+        "audit", help="count duplicates, contradictions, leakage, truncation, bias, personal data"
+    )
     audit.add_argument("paths", nargs="*", metavar="PATH", help="a CONFIG.yaml (and key.path=value), or data files")
     audit.add_argument(
         "--split",
@@ -171,10 +173,10 @@ def _audit(args: argparse.Namespace) -> int:
         paths, args.json = [*paths, args.json], "-"  # the path came after a bare --json
     if not paths and not args.split:
         raise ConfigError("data audit", "no file is given", "give a CONFIG.yaml, data files or --split NAME=FILE")
-    reads = (*paths, *_parse_splits(args.split).values(), args.reward, args.check)
-    for path, ours in ((args.json, AUDITED), (args.html, PAGE)):
+    inputs = (*paths, *_parse_splits(args.split).values(), args.reward, args.check)
+    for path, own_start in ((args.json, AUDITED), (args.html, PAGE)):
         if path not in (None, "-"):
-            check_output(path, ours, reads)
+            check_output(path, own_start, inputs)
     if paths and paths[0].endswith(YAML):
         for name, key in (("split", "eval_path"), ("limit", "limit"), ("columns", "columns")):
             if getattr(args, name):
@@ -195,24 +197,24 @@ def _audit(args: argparse.Namespace) -> int:
         )
     if args.html:
         print(f"written: {api.audit_page(result, args.html)}", file=sys.stderr)
-    as_json = json.dumps(result.to_json(args.places), indent=1) + "\n" if args.json else ""
+    json_text = json.dumps(result.to_json(args.places), indent=1) + "\n" if args.json else ""
     if args.json == "-":
-        print(as_json, end="")
+        print(json_text, end="")
         return 0
     if args.json:
-        print(f"written: {write_output(args.json, as_json)}", file=sys.stderr)
+        print(f"written: {write_output(args.json, json_text)}", file=sys.stderr)
     print(result.to_text(whole=args.all))
     return 0
 
 
-def _parse_splits(given: list[str]) -> dict[str, str]:
+def _parse_splits(items: list[str]) -> dict[str, str]:
     from penchant.errors import ConfigError
 
     splits: dict[str, str] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
+    for item in items:
+        name, equals, path = item.partition("=")
         if not (name and equals and path) or name in splits:
-            what = f"{one!r} names no split" if name not in splits else f"{name!r} is given twice"
+            what = f"{item!r} names no split" if name not in splits else f"{name!r} is given twice"
             how = "give each file a name: --split train=train.jsonl --split test=test.jsonl"
             raise ConfigError("--split", what, how)
         splits[name] = path
@@ -222,8 +224,8 @@ def _parse_splits(given: list[str]) -> dict[str, str]:
 # ---- `penchant data fix`: a cleaned copy of a file ----
 
 
-def _add_fix(verbs: Any) -> None:
-    fix = verbs.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
+def _add_fix(subparsers: Any) -> None:
+    fix = subparsers.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
     add_arguments(fix, FixRequest)
     fix.add_argument("--json", action="store_true", help="print JSON")
     fix.set_defaults(handler=_fix)

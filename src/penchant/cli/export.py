@@ -30,8 +30,8 @@ def _export(args: argparse.Namespace) -> int:
     if args.json:
         import json
 
-        about = {"folder": str(result.folder), "format": result.format, "dtype": result.dtype, "step": result.step}
-        print(json.dumps({**about, "check": result.check.to_json(), "notes": list(result.notes), "url": result.url}))
+        facts = {"folder": str(result.folder), "format": result.format, "dtype": result.dtype, "step": result.step}
+        print(json.dumps({**facts, "check": result.check.to_json(), "notes": list(result.notes), "url": result.url}))
         return 0
     print(f"{result.folder}: step {result.step} as {result.format} in {result.dtype}")
     print(result.check.to_text())

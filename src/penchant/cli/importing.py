@@ -47,19 +47,19 @@ def run(args: argparse.Namespace) -> int:
     from penchant.errors import ConfigError
     from penchant.importers import import_config
 
-    made = import_config(args.config, args.source, args.method, args.devices, args.overrides)
-    if args.strict and made.unsupported:
-        print(made.text, file=sys.stderr)
-        what = f"{made.unsupported} key(s) are not supported"
+    translation = import_config(args.config, args.source, args.method, args.devices, args.overrides)
+    if args.strict and translation.unsupported:
+        print(translation.text, file=sys.stderr)
+        what = f"{translation.unsupported} key(s) are not supported"
         raise ConfigError(args.config, what, "fix them, or leave out --strict")
     if args.output is None:
-        print(made.text, file=sys.stderr)
-        print(made.yaml, end="")
+        print(translation.text, file=sys.stderr)
+        print(translation.yaml, end="")
         return 0
     check_output(args.output, "[\\s\\S]", [args.config])
     if Path(args.output).exists() and not args.force:
         raise ConfigError(args.output, "already exists", "give another name, or --force")
-    path = write_output(args.output, made.yaml)
-    print(made.text)
+    path = write_output(args.output, translation.yaml)
+    print(translation.text)
     print(f"\nwritten to {path}; look through it, then: penchant train {path}")
     return 0

@@ -49,15 +49,17 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(args.output, "already exists", "give another --output; init never overwrites")
     if args.reward is not None:  # before any question is asked
         check_reward(args.reward)
-    named = column_pairs(args.columns)
-    found = collect_answers(terminal_asker(), args.data, args.model, args.goal, eval_data=args.eval_data, columns=named)
+    columns = column_pairs(args.columns)
+    answers = collect_answers(
+        terminal_asker(), args.data, args.model, args.goal, eval_data=args.eval_data, columns=columns
+    )
     start = propose(
-        found.data,
-        found.model,
-        found.goal,
+        answers.data,
+        answers.model,
+        answers.goal,
         reward=args.reward,
         output=args.run_folder,
-        held_out=found.held_out,
+        held_out=answers.held_out,
         lora=args.lora,
     )
     path = write_config(start, args.output)

@@ -28,25 +28,25 @@ def add(commands: Any) -> None:
 
 
 def _parse_counts(text: str) -> tuple[int, ...]:
-    found = tuple(int(n) for n in text.split(",") if n.strip().isdigit())
-    if not found or len(found) != len(text.split(",")) or not all(1 <= n <= 65536 for n in found):
+    counts = tuple(int(n) for n in text.split(",") if n.strip().isdigit())
+    if not counts or len(counts) != len(text.split(",")) or not all(1 <= n <= 65536 for n in counts):
         raise argparse.ArgumentTypeError(f"{text}: give a number of GPUs, or several: 8,16,32")
-    return found
+    return counts
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; the exit code is 0 even if the run does not fit."""
     from penchant import api
 
-    found = api.plan(args.config, *args.overrides, probe=not args.no_probe, gpus=args.gpus)
+    plan = api.plan(args.config, *args.overrides, probe=not args.no_probe, gpus=args.gpus)
     if args.json:
         import json
 
         from penchant.runfolder import nan_to_none
 
-        print(json.dumps(nan_to_none(found.to_json()), indent=1, ensure_ascii=False))
+        print(json.dumps(nan_to_none(plan.to_json()), indent=1, ensure_ascii=False))
         return 0
     from penchant.plan import plan_text
 
-    print(plan_text(found, whole=args.all))
+    print(plan_text(plan, whole=args.all))
     return 0

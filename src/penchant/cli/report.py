@@ -70,15 +70,15 @@ def _flags(args: argparse.Namespace) -> int:
         return 0
     if args.path is None:
         raise ConfigError("flags", "no folder is given", "give a run's folder, one with a comparison.json, or --rules")
-    found = api.flags(args.path)
+    flags = api.flags(args.path)
     for sentence in damage_notes(Path(args.path)):
         print(sentence, file=sys.stderr)
     if args.json:
         import json
 
-        print(json.dumps([f.to_json() for f in found], indent=1))
+        print(json.dumps([f.to_json() for f in flags], indent=1))
     else:
-        print(format_flags(found))
+        print(format_flags(flags))
     return 0
 
 

@@ -38,12 +38,12 @@ def _chat(args: argparse.Namespace) -> int:
     from penchant.serve.model import load_chat_model
     from penchant.serve.stream import Sampling
 
-    for given, name in (
+    for argument, name in (
         (args.prefer, "--prefer"),
         (args.blind, "--blind"),
         (args.against_step != "last", "--against-step"),
     ):
-        if given and args.against is None:
+        if argument and args.against is None:
             raise ConfigError(name, "is given without a second model", "name it with --against")
     if args.prefer and not args.prefer.endswith(".jsonl"):
         how = "give it that ending"
@@ -55,14 +55,16 @@ def _chat(args: argparse.Namespace) -> int:
     sources = [(args.model, args.step, args.base)]
     sources += [] if args.against is None else [(args.against, args.against_step, None)]
     models = []
-    for given, step, base in sources:
-        terminal.note(f"loading {safe(given)} ...")
+    for argument, step, base in sources:
+        terminal.note(f"loading {safe(argument)} ...")
         models.append(
-            load_chat_model(given, step=step, base=base, template=args.template, dtype=args.dtype, device=args.device)
+            load_chat_model(
+                argument, step=step, base=base, template=args.template, dtype=args.dtype, device=args.device
+            )
         )
     if args.model == args.against:  # one run at two steps
-        for chat_model, (given, step, _) in zip(models, sources, strict=True):
-            chat_model.name = f"{given} (step {step})"
+        for chat_model, (argument, step, _) in zip(models, sources, strict=True):
+            chat_model.name = f"{argument} (step {step})"
     if len({v.style.keeps_history for v in models}) == 2:
         what = "one model has a chat template and the other has none"
         raise ConfigError("--against", what, "give --template transcript or plain")
@@ -83,11 +85,11 @@ def _tools(path: str) -> tuple[Any, ...]:
     from penchant.errors import ConfigError
 
     try:
-        listed = tools({"tools": Path(path).read_text(encoding="utf-8")})
+        tools_json = tools({"tools": Path(path).read_text(encoding="utf-8")})
     except (OSError, UnicodeDecodeError, RowError) as error:
         what = f"{path} cannot be used ({error})"
         raise ConfigError("--tools", what, "give a file with a JSON list of tools, as the column of a row") from error
-    return tuple(json.loads(listed or "[]"))
+    return tuple(json.loads(tools_json or "[]"))
 
 
 def _terminal() -> Terminal:

@@ -45,10 +45,9 @@ def _studio(args: argparse.Namespace) -> int:
     set_up_logging(not args.log)
     address = server_url(sock, "/")
     if key is None:
-        said = f"{for_terminal(f'studio of {folder}: open {address}')}?token={studio.token}"
-        print(
-            said, file=unescaped(sys.stdout), flush=True
-        )  # bypasses the wrapper that hides secrets: the token is for the user who started the studio
+        message = f"{for_terminal(f'studio of {folder}: open {address}')}?token={studio.token}"
+        # bypasses the wrapper that hides secrets: the token is for the user who started the studio
+        print(message, file=unescaped(sys.stdout), flush=True)
     else:
         print(f"studio of {folder}: open {address} and give the key in {KEY_ENV}", flush=True)
     print("Ctrl-C ends it", file=sys.stderr, flush=True)

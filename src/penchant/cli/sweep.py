@@ -30,8 +30,8 @@ def add(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep", help="train one config with many settings and compare them; run it again to resume"
     )
-    every = "settings for every run; key.path=a,b,c varies the key"
-    add_config(sweep, "SWEEP.yaml, or a run's CONFIG.yaml", overrides=every)
+    overrides_help = "settings for every run; key.path=a,b,c varies the key"
+    add_config(sweep, "SWEEP.yaml, or a run's CONFIG.yaml", overrides=overrides_help)
     sweep.add_argument(
         "--jobs",
         type=number_type(int),

@@ -39,5 +39,5 @@ def _track(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    whole = [api.track(run, *args.to, anew=args.new, say=say, **settings) for run in args.runs]
-    return 0 if all(whole) else 2
+    completed = [api.track(run, *args.to, anew=args.new, say=say, **settings) for run in args.runs]
+    return 0 if all(completed) else 2

@@ -19,9 +19,9 @@ def add(commands: Any) -> None:
     train = commands.add_parser("train", help="train from a config; run it again to resume after an interruption")
     add_config(train, "CONFIG.yaml")
     train.add_argument("--quiet", action="store_true", help="do not show progress")
-    several = train.add_mutually_exclusive_group()
-    several.add_argument("--processes", type=int, metavar="N", help="train with N processes (launch.processes=N)")
-    several.add_argument("--gpus", type=int, metavar="N", help="train with N GPUs of this machine, one process each")
+    group = train.add_mutually_exclusive_group()
+    group.add_argument("--processes", type=int, metavar="N", help="train with N processes (launch.processes=N)")
+    group.add_argument("--gpus", type=int, metavar="N", help="train with N GPUs of this machine, one process each")
     train.set_defaults(handler=_train, allocator=True, reads="run")
 
 
@@ -39,9 +39,14 @@ def _train(args: argparse.Namespace) -> int:
             os.environ.setdefault("NCCL_ALGO", "^NVLS")
         limit = config.launch.timeout
         with join(limit, config.launch.context) as world, watched(world, limit):
-            count, most = (os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-            if world.leads and count != "0":
-                print(f"penchant: a process crashed; all are started again ({count} of {most})", file=sys.stderr)
+            restarts, max_restarts = (
+                os.environ.get(f"TORCHELASTIC_{name}", "0") for name in ("RESTART_COUNT", "MAX_RESTARTS")
+            )
+            if world.leads and restarts != "0":
+                print(
+                    f"penchant: a process crashed; all are started again ({restarts} of {max_restarts})",
+                    file=sys.stderr,
+                )
             try:
                 result = api.train(config, quiet=args.quiet)
                 world.agree(patient=True)  # rank 0 still writes the report and waits for trackers
@@ -68,9 +73,9 @@ def _train(args: argparse.Namespace) -> int:
     from penchant.report import headline
 
     print(f"result: {headline(result.folder)}")
-    same, of = count_unchanged(read_folder(result.folder).samples)
-    if same:
-        print(f"        {same} of {of} sampled answers are unchanged by training")
+    unchanged, total = count_unchanged(read_folder(result.folder).samples)
+    if unchanged:
+        print(f"        {unchanged} of {total} sampled answers are unchanged by training")
     return 0
 
 
@@ -93,14 +98,16 @@ def _launch(args: argparse.Namespace, config: Any) -> int:
     processes, gpus = int(config.launch.processes), torch.cuda.device_count()
     check_launch(config, processes)
     if config.model.device == "cuda" and gpus < processes:
-        there = counted(gpus, "GPU") if gpus else "no GPU that torch can use"
+        available = counted(gpus, "GPU") if gpus else "no GPU that torch can use"
         how = f"give at most {gpus}" if gpus else "give --processes N in place of --gpus to train on the CPU"
-        raise ConfigError("launch.processes", f"is {processes}, and this machine has {there}", how)
-    if processes > (most := PER_CORE * cores()):
-        there = counted(cores(), "core")
-        raise ConfigError("launch.processes", f"is {processes}, and this machine has {there}", f"give at most {most}")
-    more = ["--quiet"] if args.quiet else []
-    command = ["train", args.config, *args.overrides, *launch_settings(args), *more]
+        raise ConfigError("launch.processes", f"is {processes}, and this machine has {available}", how)
+    if processes > (limit := PER_CORE * cores()):
+        available = counted(cores(), "core")
+        raise ConfigError(
+            "launch.processes", f"is {processes}, and this machine has {available}", f"give at most {limit}"
+        )
+    quiet = ["--quiet"] if args.quiet else []
+    command = ["train", args.config, *args.overrides, *launch_settings(args), *quiet]
     return launch(command, processes, config.launch.restarts, max(30.0, config.launch.timeout))
 
 

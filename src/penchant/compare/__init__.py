@@ -141,29 +141,31 @@ class RunComparer:
         trained, notes = all_trained_prompts(self.all_runs, lenient=test)
         self.notes += notes + [note for run in self.all_runs for note in changed_since(run.folder, run.config)]
         self.notes += [note for run in self.all_runs for note in damage_notes(run.folder)]
-        found = exclude_prompts(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
-        if not found.rows.trees:
+        held_out = exclude_prompts(self.readers[0].name, self.test_rows, trained) if test else self._validation(trained)
+        if not held_out.rows.trees:
             raise DataError(
                 str(self.question.data) if test else "compare",
                 "every prompt there is one that a compared run was trained on",
                 "runs with other seeds hold out other rows: set data.eval_path in all of them, or give --data with rows of their own",
             )
-        if found.leaked:
-            self.notes.append(f"Left out: {counted(found.leaked, 'row')} whose prompts a compared run was trained on.")
-        return found
+        if held_out.leaked:
+            self.notes.append(
+                f"Left out: {counted(held_out.leaked, 'row')} whose prompts a compared run was trained on."
+            )
+        return held_out
 
     def _validation(self, trained: set[str]) -> HeldOut:
-        found = None
+        held_out = None
         for run in self.readers:
             rows = run.data.rows.datasets[1]
             if rows is None or rows.kind == "text":
                 continue
-            found = exclude_prompts(run.name, rows, trained)
-            if found.rows.trees:
-                return found
-        if found is None:
+            held_out = exclude_prompts(run.name, rows, trained)
+            if held_out.rows.trees:
+                return held_out
+        if held_out is None:
             raise DataError("compare", "no run holds out rows with prompts", "give --data with a file of them")
-        return found
+        return held_out
 
     @cached_property
     def _reads_columns(self) -> bool:
@@ -198,9 +200,9 @@ class RunComparer:
     def _open_readings(self) -> Readings | None:
         if self.question.data is None:
             return None
-        made = Readings(_resolve(str(self.question.data)), self.test_rows.fingerprint)
-        made.check_writable()
-        return made
+        readings = Readings(_resolve(str(self.question.data)), self.test_rows.fingerprint)
+        readings.check_writable()
+        return readings
 
     # ---- notes next to the figures --------------------------------------------------------------------------------
 
@@ -208,24 +210,24 @@ class RunComparer:
         step = self.question.step
         up_to = int(step) if step is not None and step.isdigit() else None
         budgets = {r.name: training_budget(r, up_to) for r in self.all_runs}
-        of_settings = {name: [budgets[r.name] for r in runs] for name, runs in self.settings.items()}
-        known = {r.name for runs in self.settings.values() for r in runs}  # all but `against`
-        of_settings |= {r.name: [budgets[r.name]] for r in self.all_runs if r.name not in known}
-        notes = budget_sentences(of_settings) + data_sentences(self.settings)
+        by_setting = {name: [budgets[r.name] for r in runs] for name, runs in self.settings.items()}
+        compared = {r.name for runs in self.settings.values() for r in runs}  # all but `against`
+        by_setting |= {r.name: [budgets[r.name]] for r in self.all_runs if r.name not in compared}
+        notes = budget_sentences(by_setting) + data_sentences(self.settings)
         notes += [] if up_to is not None else unfinished_notes(budgets)
         return notes, {name: dict(b) for name, b in budgets.items()}
 
     def _selection_notes(self) -> list[str]:
         """Notes on checkpoints chosen by held-out rows: on such rows they look better than they are."""
-        best = [r.name for r in self.all_runs if _was_selected(r)]
-        if self.question.step == "last" or not best:
+        selected = [r.name for r in self.all_runs if _was_selected(r)]
+        if self.question.step == "last" or not selected:
             return []
         if self.question.data is None:
             return [
-                f"The checkpoints of {', '.join(best)} were chosen by held-out rows such as these; use --data TEST for an unbiased result."
+                f"The checkpoints of {', '.join(selected)} were chosen by held-out rows such as these; use --data TEST for an unbiased result."
             ]
-        seen = {tree_key(t) for r in self.all_runs if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
-        shared = sum(tree_key(t) in seen for t in self.held_out.rows.trees)
+        keys = {tree_key(t) for r in self.all_runs if (rows := r.data.rows.datasets[1]) is not None for t in rows.trees}
+        shared = sum(tree_key(t) in keys for t in self.held_out.rows.trees)
         return [f"{shared:,} of the test rows are held-out rows by which checkpoints were chosen."] if shared else []
 
     @cached_property
@@ -236,8 +238,8 @@ class RunComparer:
     @property
     def sampling(self) -> Sampling:
         q = self.question
-        new = (0, 0) if self._is_vision else (q.samples, q.max_new_tokens)  # models generate no answers about pictures
-        return Sampling(q.prompts, *new, q.seed)
+        limits = (0, 0) if self._is_vision else (q.samples, q.max_new_tokens)  # no answers are written about pictures
+        return Sampling(q.prompts, *limits, q.seed)
 
     @property
     def _is_vision(self) -> bool:
@@ -259,14 +261,14 @@ class RunComparer:
         """Notes on runs that were trained on a reward they are judged by."""
         terms = {"this reward": reward_terms(self.question.reward), **{name: [name] for name in self.question.also}}
         notes = []
-        for what, names in terms.items():
-            judged = set(map(_absolute_name, names))
+        for label, names in terms.items():
+            judge_names = set(map(_absolute_name, names))
             trained = [
                 r.name
                 for r in self.all_runs
-                if r.config.reward is not None and judged & set(map(_absolute_name, r.config.reward.terms))
+                if r.config.reward is not None and judge_names & set(map(_absolute_name, r.config.reward.terms))
             ]
-            notes += [f"Trained to raise {what}: {', '.join(trained)}."] if trained else []
+            notes += [f"Trained to raise {label}: {', '.join(trained)}."] if trained else []
         return notes
 
     # ---- running --------------------------------------------------------------------------------------------------
@@ -282,17 +284,17 @@ class RunComparer:
             self.notes += [note] if note else []
         settings, first = self.settings, self.first
         check_bases(self.all_runs)
-        held = self.held_out
+        held_out = self.held_out
         readings = self._open_readings()
         folder = self._make_folder()
-        budget, budgets = self._budget_notes()
+        differences, budgets = self._budget_notes()
         notes = [*self.notes, *self._selection_notes(), *self._reward_notes()]
-        owner = next(r for r in self.all_runs if r.name == held.owner)
+        owner = next(r for r in self.all_runs if r.name == held_out.owner)
         also = {name: name for name in self.question.also}
         setting = make_setting(
             owner.data,
             owner.data.rows.tokenizer,
-            held.rows,
+            held_out.rows,
             self.question.reward,
             self.sampling,
             console(self.quiet),
@@ -305,31 +307,31 @@ class RunComparer:
             console(self.quiet).note(f"{NO_OUTCOME} Give --reward, --judge or rows with chosen and rejected answers.")
         sources = [first, *(r.source for runs in settings.values() for r in runs)]
         seeds = {name: [r.name for r in runs] for name, runs in settings.items()}
-        compared = compare_sources(sources, owner.data, setting, self.sampling, seeds=seeds, fixed=self.against is None)
-        notes += [] if compared.judgement is None else compared.judgement.sentences()
+        result = compare_sources(sources, owner.data, setting, self.sampling, seeds=seeds, fixed=self.against is None)
+        notes += [] if result.judgement is None else result.judgement.sentences()
         earlier = [] if readings is None else readings.earlier()
         if readings is not None:
             notes = [readings.sentence(earlier), *notes]
-        equal = "Equal budgets: steps, rows, completions, tokens, learning rates and data agree within 5%."
-        listed = ["The budgets are not equal:", *(f"- {s}" for s in budget)] if budget else [equal]
-        figures = comparison_json(compared) | {
+        message = "Equal budgets: steps, rows, completions, tokens, learning rates and data agree within 5%."
+        budget_notes = ["The budgets are not equal:", *(f"- {s}" for s in differences)] if differences else [message]
+        figures = comparison_json(result) | {
             "heading": self._heading(len(setting.prompts)),
-            "notes": [*listed, *notes],
-            "budget": {"equal": not budget, "sentences": budget, "runs": budgets},
+            "notes": [*budget_notes, *notes],
+            "budget": {"equal": not differences, "sentences": differences, "runs": budgets},
             "first": first.name,
             "seeds": {n: {r.name: r.seed for r in runs} for n, runs in settings.items()},
             "checkpoints": {r.name: str(r.model) for r in self.all_runs},
             "prompts": len(setting.prompts),
             "answers": len(setting.answers),
-            "left_out": held.leaked,
+            "left_out": held_out.leaked,
             "test_readings_before": None if readings is None else len(earlier),
             "settings": self._settings_record(),
         }
-        figures["flags"] = [f.to_json() for f in comparison_flags(figures, compared.rows)]
+        figures["flags"] = [f.to_json() for f in comparison_flags(figures, result.rows)]
         if readings is not None:  # before any figure is shown, so that no reading goes unrecorded
             details = {"checkpoints": figures["checkpoints"], "output": str(folder), **self._settings_record()}
             readings.record([r.name for r in self.all_runs], details)
-        write_files(folder, figures, compared.rows)
+        write_files(folder, figures, result.rows)
         return RunComparison(folder, figures)
 
     def _settings_record(self) -> dict[str, Any]:
@@ -351,19 +353,19 @@ class RunComparer:
         q = self.question
         rows = self.held_out.owner if q.data is None else f"the test set {Path(q.data).name}"
         several = [name for name, runs in self.settings.items() if len(runs) > 1]
-        over = f", over seeds and prompts for {', '.join(several)}" if several else ""
-        return f"{self.sampling.heading(prompts, rows)}; in brackets 95% intervals by prompt{over}"
+        suffix = f", over seeds and prompts for {', '.join(several)}" if several else ""
+        return f"{self.sampling.heading(prompts, rows)}; in brackets 95% intervals by prompt{suffix}"
 
     def _make_folder(self) -> Path:
         """Make the output folder. By default it is next to the first run and named after the settings."""
         names = [n.replace("/", "-") for n in self.settings]
         more = f"-and-{len(names) - MAX_NAMED}-more" if len(names) > MAX_NAMED else ""
-        rows = f"-on-{Path(self.question.data).stem}" if self.question.data is not None else ""
-        folder = self.all_runs[0].folder.parent / f"compare-{'-'.join(names[:MAX_NAMED])}{more}{rows}"
+        data_suffix = f"-on-{Path(self.question.data).stem}" if self.question.data is not None else ""
+        folder = self.all_runs[0].folder.parent / f"compare-{'-'.join(names[:MAX_NAMED])}{more}{data_suffix}"
         folder = folder if self.question.output is None else _resolve(self.question.output)
-        ours = {COMPARISON: r'\{\n "', COMPARISON_ROWS: r'\{"prompt": .*"completions": \{', REPORT: PAGE}
-        for name, begins in ours.items():
-            check_output(folder / name, begins)
+        patterns = {COMPARISON: r'\{\n "', COMPARISON_ROWS: r'\{"prompt": .*"completions": \{', REPORT: PAGE}
+        for name, pattern in patterns.items():
+            check_output(folder / name, pattern)
         make_folder(folder)
         with writing(folder):  # check that it is writable before hours of sampling
             tempfile.TemporaryFile(dir=folder).close()
@@ -377,9 +379,11 @@ def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet
     if not paths:
         raise ConfigError("compare", "no run is given", "give the folders of one run or more")
     also = list(question.also)
-    twice = sorted({n for n in also if also.count(n) > 1 or n == question.reward})
-    if twice:
-        raise ConfigError("--also", f"names {', '.join(twice)} twice, or as --reward too", "leave it out of --also")
+    duplicates = sorted({n for n in also if also.count(n) > 1 or n == question.reward})
+    if duplicates:
+        raise ConfigError(
+            "--also", f"names {', '.join(duplicates)} twice, or as --reward too", "leave it out of --also"
+        )
     if also and question.reward is None:
         raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
     _judge_options(question)  # raises if an endpoint option is given without a judge
@@ -404,8 +408,8 @@ def _was_selected(run: TrainedRun) -> bool:
     """Whether the checkpoint was chosen as the best of several by held-out rows."""
     last, _ = latest_checkpoint(run.folder)
     best = checkpoint_state(last).get("best_step") if last is not None else None
-    evaluated = [x["step"] for x in read_folder(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
-    return best == run.step and len(evaluated) > 1
+    evaluated_steps = [x["step"] for x in read_folder(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
+    return best == run.step and len(evaluated_steps) > 1
 
 
 def _resolve(path: str | Path) -> Path:

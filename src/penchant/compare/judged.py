@@ -82,13 +82,13 @@ class Judgement:
 
     def verdicts_for(self, prompt: int, sample: int) -> list[dict[str, Any]]:
         """Every verdict on one prompt's completions: `win` of a, and the preference for the first position with a, then b, in it."""
-        found = []
+        verdicts = []
         for contest in self.contests:
-            at = contest.start + prompt * self.shape[1] + sample
-            values = nan_to_none([float(v) for v in (self.both.wins[at], *self.both.values[at])])
+            index = contest.start + prompt * self.shape[1] + sample
+            values = nan_to_none([float(v) for v in (self.both.wins[index], *self.both.values[index])])
             a, b = contest.models
-            found.append({"a": a, "b": b, "win": values[0], "first": values[1:]})
-        return found
+            verdicts.append({"a": a, "b": b, "win": values[0], "first": values[1:]})
+        return verdicts
 
     def to_json(self) -> dict[str, Any]:
         """The judgment as written to comparison.json."""
@@ -116,51 +116,51 @@ class Judgement:
             decided = self.judged - self.left_out
             biased = p.low > 0.5 or p.high < 0.5
             in_words = bool(np.isin(self.both.values[~np.isnan(self.both.values)], (0.0, 0.5, 1.0)).all())
-            little = "slightly " if abs(p.estimate - 0.5) < NOTABLE else ""
-            preference = f"{little}favors the {'first' if p.estimate > 0.5 else 'second'} position"
+            degree = "slightly " if abs(p.estimate - 0.5) < NOTABLE else ""
+            preference = f"{degree}favors the {'first' if p.estimate > 0.5 else 'second'} position"
             sentences.append(
                 f"{judge} {preference if biased else 'shows no clear preference for a position'}: {share} of its verdicts are for the first "
                 f"one (each pair was asked in both orders, so 50% means no bias). In {self.disagreed:,} of {counted(decided, 'pair')} its two "
                 f"verdicts disagree{'; those count as ties' if in_words else ''}."
             )
         if self.left_out:
-            unread = f"; for instance '{self.both.unread[0]}'" if self.both.unread else ""
+            example = f"; for instance '{self.both.unread[0]}'" if self.both.unread else ""
             sentences.append(
-                f"{judge} gave no verdict that can be read on {self.both.failures:,} questions{unread}. {self.left_out:,} of "
+                f"{judge} gave no verdict that can be read on {self.both.failures:,} questions{example}. {self.left_out:,} of "
                 f"{counted(self.judged, 'pair')} are left out."
             )
         return sentences
 
 
 def judge_pairs(
-    judge: PairJudge, settings: Mapping[str, Sequence[Measurement]], setting: Setting, fixed: bool
+    judge: PairJudge, settings: Mapping[str, Sequence[Measurement]], setting: Setting, first_is_fixed: bool
 ) -> Judgement:
     """Judge every two settings: each seed of one against each seed of the other, sample by sample, each pair in both orders.
 
     Args:
-        settings: models by setting, starting with the first setting; fixed: whether the first does not depend on a seed.
+        settings: models by setting, starting with the first setting; first_is_fixed: whether the first does not depend on a seed.
 
     Raises:
         RewardError: the judge failed or cannot be reached.
     """
-    candidates = judged_candidates(settings, fixed)
+    candidates = judged_candidates(settings, first_is_fixed)
     shape = len(setting.prompts), setting.samples
     size, contests = shape[0] * shape[1], []
     questions: list[Question] = []
-    asked = [prompt for prompt in setting.asked for _ in range(setting.samples)]
+    prompt_texts = [prompt for prompt in setting.prompt_texts for _ in range(setting.samples)]
     for a, b in pairings(list(settings)):
-        for mine in settings[a]:
-            for theirs in settings[b]:
-                contests.append(Matchup((a, b), (mine.name, theirs.name), len(questions)))
-                texts = zip(asked, mine.written.texts, theirs.written.texts, strict=True)
-                questions += [Question(*three) for three in texts]
+        for first in settings[a]:
+            for second in settings[b]:
+                contests.append(Matchup((a, b), (first.name, second.name), len(questions)))
+                texts = zip(prompt_texts, first.written.texts, second.written.texts, strict=True)
+                questions += [Question(*triple) for triple in texts]
     progress = setting.progress(f"{judge.name} judges, questions") if setting.progress else None
-    both = ask_both_orders(judge, questions, progress)
+    verdicts = ask_both_orders(judge, questions, progress)
     by_name = {c.name: c for c in candidates}
     pairs = []
     for a, b in pairings(list(settings)):
         starts = [c.start for c in contests if c.settings == (a, b)]
-        wins = np.stack([both.wins[s : s + size] for s in starts])
+        wins = np.stack([verdicts.wins[s : s + size] for s in starts])
         pair = compare_judged(by_name[a], by_name[b], wins.reshape(by_name[a].seeds, by_name[b].seeds, *shape))
         pairs += [pair] if pair is not None else []
     prompts = np.tile(np.repeat(np.arange(shape[0]), shape[1]), len(contests))
@@ -169,21 +169,23 @@ def judge_pairs(
         judge.describe(),
         correct_p_values(pairs),
         contests,
-        both,
+        verdicts,
         shape,
-        _first_position(both.first_position, prompts),
+        _first_position(verdicts.first_position, prompts),
     )
 
 
 def _first_position(values: np.ndarray, prompts: np.ndarray) -> Interval | None:
-    known = ~np.isnan(values)
-    return share_ci(values[known], clusters=prompts[known]) if known.any() else None
+    judged = ~np.isnan(values)
+    return share_ci(values[judged], clusters=prompts[judged]) if judged.any() else None
 
 
-def judged_candidates(settings: Mapping[str, Sequence[Measurement]], fixed: bool) -> list[Candidate]:
+def judged_candidates(settings: Mapping[str, Sequence[Measurement]], first_is_fixed: bool) -> list[Candidate]:
     """Candidates without an outcome of their own, for pairwise judging."""
     first = next(iter(settings))
-    return [Candidate(n, None, None, stack_lengths(seeds), fixed and n == first) for n, seeds in settings.items()]
+    return [
+        Candidate(n, None, None, stack_lengths(seeds), first_is_fixed and n == first) for n, seeds in settings.items()
+    ]
 
 
 def stack_lengths(seeds: Sequence[Measurement]) -> np.ndarray:

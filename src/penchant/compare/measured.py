@@ -58,7 +58,7 @@ class Setting:
     turns: Sequence[Mapping[str, Any]] = ()
 
     @property
-    def asked(self) -> list[str]:
+    def prompt_texts(self) -> list[str]:
         """The texts of the prompts."""
         return [self.tokenizer.decode(list(p), skip_special_tokens=True) for p in self.prompts]
 
@@ -95,8 +95,8 @@ class Measurement:
             RewardError: the reward does not apply to some completions.
         """
         values = self.written.rewards if judge is None else self.also[judge]
-        if values is not None and (silent := int(np.isnan(values).sum())):
-            what = f"gives no value for {silent} of {counted(len(values), 'completion')}, so that models cannot be compared prompt by prompt"
+        if values is not None and (missing := int(np.isnan(values).sum())):
+            what = f"gives no value for {missing} of {counted(len(values), 'completion')}, so that models cannot be compared prompt by prompt"
             raise RewardError(f"reward {judge or ''}".strip(), what, "give one that judges every completion")
         return None if values is None else values.reshape(-1, self.setting.samples)
 
@@ -110,18 +110,18 @@ class Measurement:
     def values(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """For each figure, the values that it is the mean of, and the prompt index of each."""
         w = self.written
-        found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        by_figure: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if w.rewards is not None:
-            found["reward"] = w.rewards, w.prompts
+            by_figure["reward"] = w.rewards, w.prompts
         if w.trees:
-            found["ended"] = w.ended.astype(np.float64), w.prompts
-            found["tokens"] = self.lengths.reshape(-1), w.prompts
+            by_figure["ended"] = w.ended.astype(np.float64), w.prompts
+            by_figure["tokens"] = self.lengths.reshape(-1), w.prompts
         for name, values in (("kl", self.kl), ("kl_k3", self.kl_k3)):
             if values is not None:
-                found[name] = values, w.prompts
+                by_figure[name] = values, w.prompts
         if self.correct is not None:
-            found["preference_accuracy"] = self.correct, prompt_numbers(self.setting.answers)
-        return found
+            by_figure["preference_accuracy"] = self.correct, prompt_numbers(self.setting.answers)
+        return by_figure
 
     @cached_property
     def chosen_nlls(self) -> tuple[np.ndarray, np.ndarray]:
@@ -129,8 +129,8 @@ class Measurement:
         assert self.answers is not None
         answers = self.setting.answers
         sizes = [len(c) for t in answers for c in t.completion_ids]
-        first = [i == 0 for t in answers for i in range(len(t.completion_ids))]
-        parts = [p for p, chosen in zip(self.answers.tokens.double().split(sizes), first, strict=True) if chosen]
+        is_chosen = [i == 0 for t in answers for i in range(len(t.completion_ids))]
+        parts = [p for p, chosen in zip(self.answers.tokens.double().split(sizes), is_chosen, strict=True) if chosen]
         return -np.concatenate([p.numpy() for p in parts]), np.repeat(prompt_numbers(answers), [len(p) for p in parts])
 
 
@@ -139,9 +139,9 @@ def measure(
 ) -> Measurement:
     """Sample and score a model's completions and given answers, and compare them with the first model's if given."""
     progress = setting.progress
-    written = Completions([], [], None)
+    completions = Completions([], [], None)
     if setting.samples:
-        written = sample_completions(
+        completions = sample_completions(
             scorer.model,
             setting.tokenizer,
             setting.prompts,
@@ -155,21 +155,24 @@ def measure(
     answers = None
     if setting.answers:
         answers = compute_logps(LiveReference(scorer), setting.answers, tokens_per_step=setting.tokens_per_step)
-    also = {n: score_completions(j, setting.tokenizer, written.trees, written.texts) for n, j in setting.also.items()}
+    also = {
+        n: score_completions(j, setting.tokenizer, completions.trees, completions.texts)
+        for n, j in setting.also.items()
+    }
     if first is None or first_scorer is None:
-        return Measurement(name, setting, written, answers, also)
+        return Measurement(name, setting, completions, answers, also)
     correct = None
     if setting.is_paired and answers is not None and first.answers is not None:
         correct = pair_change(answers.sums, first.answers.sums).correct
-    if not written.trees:
-        return Measurement(name, setting, written, answers, also, correct)
+    if not completions.trees:
+        return Measurement(name, setting, completions, answers, also, correct)
     kl, kl_k3 = kl_by_completion(
         LiveReference(scorer),
         LiveReference(first_scorer),
-        written.trees,
+        completions.trees,
         tokens_per_step=setting.tokens_per_step,
     )
-    return Measurement(name, setting, written, answers, also, correct, kl, kl_k3)
+    return Measurement(name, setting, completions, answers, also, correct, kl, kl_k3)
 
 
 def figures(seeds: Sequence[Measurement]) -> Metrics:
@@ -200,9 +203,9 @@ def figures(seeds: Sequence[Measurement]) -> Metrics:
 def _interval(seeds: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, *, share: bool = False) -> Interval:
     if len(seeds) == 1:
         return (share_ci if share else bootstrap_ci)(seeds[0][0], clusters=seeds[0][1], draws=draws)
-    parts = np.stack([by_prompt(values, clusters) for values, clusters in seeds])
-    sources = [parts.mean(1), parts.mean(0)] if parts.shape[1] > 1 else [parts.mean(1)]
-    return interval_from_sources(parts.mean(), sources)
+    prompt_means = np.stack([by_prompt(values, clusters) for values, clusters in seeds])
+    sources = [prompt_means.mean(1), prompt_means.mean(0)] if prompt_means.shape[1] > 1 else [prompt_means.mean(1)]
+    return interval_from_sources(prompt_means.mean(), sources)
 
 
 def by_prompt(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:

@@ -138,42 +138,48 @@ def compare_models(
     return ComparisonResult(models, runs, rows, len(setting.prompts), pairs, outcome, also, judgement, sentences)
 
 
-def _candidates(settings: Mapping[str, Sequence[Measurement]], fixed: bool) -> tuple[list[Candidate], str]:
+def _candidates(settings: Mapping[str, Sequence[Measurement]], first_is_fixed: bool) -> tuple[list[Candidate], str]:
     """Candidates and outcome: mean rewards with a reward, else judged win rates or preference accuracy; empty without any of them."""
     first = next(iter(settings))
     setting = settings[first][0].setting
     if setting.judge is not None:
-        return _reward_candidates(settings, fixed, None), "mean reward"
+        return _reward_candidates(settings, first_is_fixed, None), "mean reward"
     if setting.pairwise is not None:
-        return judged_candidates(settings, fixed), WIN_RATE
+        return judged_candidates(settings, first_is_fixed), WIN_RATE
     if not setting.is_paired:
         return [], ""
     return [
         Candidate(
-            name, np.stack([_accuracy_by_prompt(m) for m in seeds]), None, stack_lengths(seeds), fixed and name == first
+            name,
+            np.stack([_accuracy_by_prompt(m) for m in seeds]),
+            None,
+            stack_lengths(seeds),
+            first_is_fixed and name == first,
         )
         for name, seeds in settings.items()
     ], "held-out preference accuracy"
 
 
 def _compare_by_others(
-    settings: Mapping[str, Sequence[Measurement]], fixed: bool, names: Iterable[str]
+    settings: Mapping[str, Sequence[Measurement]], first_is_fixed: bool, names: Iterable[str]
 ) -> dict[str, list[Pair]]:
     """Comparisons by the other rewards, corrected together; those by the main reward are corrected separately."""
-    by_judge = {judge: compare_uncorrected(_reward_candidates(settings, fixed, judge)) for judge in names}
-    together = iter(correct_p_values([pair for pairs in by_judge.values() for pair in pairs]))
-    return {judge: [next(together) for _ in pairs] for judge, pairs in by_judge.items()}
+    by_judge = {judge: compare_uncorrected(_reward_candidates(settings, first_is_fixed, judge)) for judge in names}
+    corrected = iter(correct_p_values([pair for pairs in by_judge.values() for pair in pairs]))
+    return {judge: [next(corrected) for _ in pairs] for judge, pairs in by_judge.items()}
 
 
 def _reward_candidates(
-    settings: Mapping[str, Sequence[Measurement]], fixed: bool, judge: str | None
+    settings: Mapping[str, Sequence[Measurement]], first_is_fixed: bool, judge: str | None
 ) -> list[Candidate]:
     """Every setting with its mean rewards, by the main reward or by the one named `judge`."""
-    first, found = next(iter(settings)), []
+    first, candidates = next(iter(settings)), []
     for name, seeds in settings.items():
         rewards = np.stack([r for m in seeds if (r := m.rewards(judge)) is not None])
-        found.append(Candidate(name, rewards.mean(2), rewards, stack_lengths(seeds), fixed and name == first))
-    return found
+        candidates.append(
+            Candidate(name, rewards.mean(2), rewards, stack_lengths(seeds), first_is_fixed and name == first)
+        )
+    return candidates
 
 
 def _gain_metrics(pair: Pair) -> Metrics:
@@ -187,22 +193,22 @@ def _accuracy_by_prompt(m: Measurement) -> np.ndarray:
     Prompts with more pairs are weighted up, so that the mean over prompts is the mean over pairs.
     """
     clusters = prompt_numbers(m.setting.answers)
-    right = m.correct if m.correct is not None else np.full(len(clusters), 0.5)
+    correct = m.correct if m.correct is not None else np.full(len(clusters), 0.5)
     counts = np.bincount(clusters)
-    return np.asarray(np.bincount(clusters, weights=right) / counts.mean())
+    return np.asarray(np.bincount(clusters, weights=correct) / counts.mean())
 
 
 def _comparison_rows(
-    measured: Mapping[str, Measurement], setting: Setting, judgement: Judgement | None = None
+    measurements: Mapping[str, Measurement], setting: Setting, judgement: Judgement | None = None
 ) -> list[dict[str, Any]]:
     rows = []
-    for i, asked in enumerate(setting.asked):
+    for i, prompt in enumerate(setting.prompt_texts):
         for s in range(setting.samples):
-            at = i * setting.samples + s
+            index = i * setting.samples + s
             turns = setting.turns[i] if setting.turns else {}
-            row: dict[str, Any] = {"prompt": asked, **turns, "sample": s, "completions": {}}
-            for name, m in measured.items():
-                row["completions"][name] = {"text": m.written.texts[at], **m.written.row(at, m.also)}
+            row: dict[str, Any] = {"prompt": prompt, **turns, "sample": s, "completions": {}}
+            for name, m in measurements.items():
+                row["completions"][name] = {"text": m.written.texts[index], **m.written.row(index, m.also)}
             if judgement is not None:
                 row["judged"] = judgement.verdicts_for(i, s)
             rows.append(row)
@@ -223,11 +229,11 @@ def table(models: Mapping[str, Metrics], prompts: int = FEW_ROWS) -> str:
 
 
 def _table_lines(
-    models: Mapping[str, Metrics], rows: Sequence[tuple[str, str, int]], first: str, by: str = ""
+    models: Mapping[str, Metrics], rows: Sequence[tuple[str, str, int]], first: str, suffix: str = ""
 ) -> list[list[str]]:
     """The rows for which any model has a figure."""
     return [
-        [label.format(first=first) + by, *(_format_cell(m, name, digits) for m in models.values())]
+        [label.format(first=first) + suffix, *(_format_cell(m, name, digits) for m in models.values())]
         for name, label, digits in rows
         if any(name in m for m in models.values())
     ]
@@ -289,8 +295,8 @@ def trained_prompts(run: Run) -> set[str]:
 
 def exclude_prompts(owner: str, rows: Dataset, trained: set[str]) -> HeldOut:
     """Keep the rows whose prompts are not in `trained`; may leave none."""
-    clean = [i for i, t in enumerate(rows.trees) if tree_key(t) not in trained]
-    return HeldOut(owner, rows.subset(clean), len(rows.trees) - len(clean))
+    unseen = [i for i, t in enumerate(rows.trees) if tree_key(t) not in trained]
+    return HeldOut(owner, rows.subset(unseen), len(rows.trees) - len(unseen))
 
 
 def same_vocabulary(one: Any, other: Any) -> bool:
@@ -309,34 +315,34 @@ def make_setting(
     reward: Any,
     sampling: Sampling,
     console: PlainConsole,
-    also: Mapping[str, Any] | None = None,
+    other_rewards: Mapping[str, Any] | None = None,
     pairwise: PairJudge | None = None,
 ) -> Setting:
     """Build the setting shared by all models: tokenizer, prompts, answers and rewards.
 
     Args:
         run: its config is used to tokenize the rows, and its precision and device to run the models.
-        reward: as for `load_reward`, or None; also: other rewards by name; pairwise: the pairwise judge.
+        reward: as for `load_reward`, or None; other_rewards: by name; pairwise: the pairwise judge.
     """
     # the tokenizer is passed in because the run's config may name a model that does not exist yet
     trees = Rows(run.config, run.shared, run.console, tokenizer).tokenize(rows).trees
-    first_of = {t.prompt_key: t for t in reversed(trees)}
-    kept = dict.fromkeys(itertools.islice(dict.fromkeys(t.prompt_key for t in trees), sampling.prompts))
-    sources = [first_of[key].source for key in kept]
+    first_tree = {t.prompt_key: t for t in reversed(trees)}
+    keys = dict.fromkeys(itertools.islice(dict.fromkeys(t.prompt_key for t in trees), sampling.prompts))
+    sources = [first_tree[key].source for key in keys]
     data = run.config.data
     by_source = rows_by_source(rows.trees)
     policy = PolicyText(tokenizer, data.template, by_source, data.template_options)
     return Setting(
         tokenizer=tokenizer,
-        prompts=[tuple(first_of[key].prompt_ids.tolist()) for key in kept],
+        prompts=[tuple(first_tree[key].prompt_ids.tolist()) for key in keys],
         sources=sources,
-        answers=_answers([t for t in trees if t.prompt_key in kept], rows.kind),
+        answers=_answers([t for t in trees if t.prompt_key in keys], rows.kind),
         judge=None if reward is None else load_reward(reward, policy, run.device),
         samples=sampling.samples,
         max_new_tokens=sampling.max_new_tokens,
         seed=sampling.seed,
         tokens_per_step=run.config.train.tokens_per_step,
-        also={name: load_reward(r, policy, run.device) for name, r in (also or {}).items()},
+        also={name: load_reward(r, policy, run.device) for name, r in (other_rewards or {}).items()},
         pairwise=pairwise,
         progress=console.counter,
         turns=[turns_of(r.prompt) if (r := by_source.get(s)) else {} for s in sources],
@@ -384,38 +390,38 @@ def _check_context(model: Any, name: str, longest: int, place: str) -> None:
 # ---- output ----
 
 
-def comparison_json(compared: ComparisonResult) -> dict[str, Any]:
+def comparison_json(result: ComparisonResult) -> dict[str, Any]:
     """A comparison as written to comparison.json."""
-    judged = compared.judgement
+    judgement = result.judgement
     return {
-        "models": compared.models,
-        **({"runs": compared.runs} if compared.runs else {}),
-        "outcome": compared.outcome,
-        "comparisons": [p.to_json() for p in compared.pairs or (judged.pairs if judged else [])],
-        "comparisons_text": _comparison_tables(compared),
-        **({"also": {n: [p.to_json() for p in pairs] for n, pairs in compared.also.items()}} if compared.also else {}),
-        **({"judge": judged.to_json()} if judged is not None else {}),
-        "sentences": [s.text for s in compared.sentences],
-        "verdict": [{"tone": s.tone, "by": s.by} for s in compared.sentences],
+        "models": result.models,
+        **({"runs": result.runs} if result.runs else {}),
+        "outcome": result.outcome,
+        "comparisons": [p.to_json() for p in result.pairs or (judgement.pairs if judgement else [])],
+        "comparisons_text": _comparison_tables(result),
+        **({"also": {n: [p.to_json() for p in pairs] for n, pairs in result.also.items()}} if result.also else {}),
+        **({"judge": judgement.to_json()} if judgement is not None else {}),
+        "sentences": [s.text for s in result.sentences],
+        "verdict": [{"tone": s.tone, "by": s.by} for s in result.sentences],
     }
 
 
-def _comparison_tables(compared: ComparisonResult) -> str:
-    if compared.prompts < FEW_ROWS:
+def _comparison_tables(result: ComparisonResult) -> str:
+    if result.prompts < FEW_ROWS:
         return ""
-    tables = [comparisons_table(compared.pairs, compared.outcome)] if compared.pairs else []
-    others = sum(map(len, compared.also.values()))
-    for name, pairs in compared.also.items():
-        tables.append(f"By {name}:\n{comparisons_table(pairs, 'mean reward', others)}")
-    if compared.judgement is not None and compared.judgement.pairs:
-        tables.append(f"By {compared.judgement.name}:\n{comparisons_table(compared.judgement.pairs, WIN_RATE)}")
+    tables = [comparisons_table(result.pairs, result.outcome)] if result.pairs else []
+    total = sum(map(len, result.also.values()))
+    for name, pairs in result.also.items():
+        tables.append(f"By {name}:\n{comparisons_table(pairs, 'mean reward', total)}")
+    if result.judgement is not None and result.judgement.pairs:
+        tables.append(f"By {result.judgement.name}:\n{comparisons_table(result.judgement.pairs, WIN_RATE)}")
     return "\n\n".join(tables)
 
 
 def format_comparison(figures: Mapping[str, Any], heading: str, notes: Iterable[str] = ()) -> str:
     """Format a comparison as text: heading, notes, tables and, at the end, the verdict."""
-    few = table(figures["models"], int(figures.get("prompts") or FEW_ROWS))
-    parts = [heading, "\n".join(notes), few, figures.get("comparisons_text", "")]
+    main_table = table(figures["models"], int(figures.get("prompts") or FEW_ROWS))
+    parts = [heading, "\n".join(notes), main_table, figures.get("comparisons_text", "")]
     return "\n\n".join(p for p in [*parts, "\n".join(figures["sentences"])] if p)
 
 

@@ -60,9 +60,9 @@ class TrainedRun:
         values = result_settings(self.config)
         values["train"].pop("seed")
         data = self.manifest["data"]
-        whole = {name: data[name]["fingerprint"] for name in ("train", "heldout") if name in data}
+        fingerprints = {name: data[name]["fingerprint"] for name in ("train", "heldout") if name in data}
         start = self.manifest["model"]["sha256"] if self.config.model.init == "pretrained" else None
-        return json.dumps([values, whole, start, dict(self.contents)], sort_keys=True)
+        return json.dumps([values, fingerprints, start, dict(self.contents)], sort_keys=True)
 
     @cached_property
     def data(self) -> Run:
@@ -95,14 +95,14 @@ def _names(folders: Sequence[Path]) -> list[str]:
     def tail(folder: Path, parts: int) -> str:
         return "/".join(folder.parts[-parts:])
 
-    found = []
+    names = []
     for folder in folders:
         others = [f for f in folders if f != folder]
         parts = 1
         while tail(folder, parts) in {START, *(tail(o, parts) for o in others)} and parts < len(folder.parts):
             parts += 1
-        found.append(tail(folder, parts))
-    return found
+        names.append(tail(folder, parts))
+    return names
 
 
 def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
@@ -174,14 +174,14 @@ def common_start(runs: Sequence[TrainedRun]) -> Source:
     """
     first = runs[0]
     dtype_of = {r.name: r.manifest["hardware"]["dtype"] for r in runs}
-    kinds: dict[tuple[str, str], TrainedRun] = {}
+    starts: dict[tuple[str, str], TrainedRun] = {}
     for run in runs:
-        kinds.setdefault((run.manifest["model"]["sha256"], dtype_of[run.name]), run)
-    for (sha256, dtype), run in kinds.items():
+        starts.setdefault((run.manifest["model"]["sha256"], dtype_of[run.name]), run)
+    for (sha256, dtype), run in starts.items():
         # in another precision the same weights have a different sum; the check below compares them in fp32
         if dtype == dtype_of[first.name] and sha256 != first.manifest["model"]["sha256"]:
             raise _different_start(first, run)
-    fp32_sha256 = {run.name: start_sha256(run) for run in kinds.values()}
+    fp32_sha256 = {run.name: start_sha256(run) for run in starts.values()}
     for name, sha256 in fp32_sha256.items():
         if sha256 != fp32_sha256[first.name]:
             raise _different_start(first, next(r for r in runs if r.name == name))
@@ -189,8 +189,8 @@ def common_start(runs: Sequence[TrainedRun]) -> Source:
     for name, adapter in adapters.items():
         if adapter != adapters[first.name]:
             raise _different_start(first, next(r for r in runs if r.name == name))
-    own = first.data.config.model
-    return Source(START, own, adapter=None if own.adapter is None else Path(own.adapter), seed=first.seed)
+    model = first.data.config.model
+    return Source(START, model, adapter=None if model.adapter is None else Path(model.adapter), seed=first.seed)
 
 
 def _different_start(one: TrainedRun, other: TrainedRun) -> ConfigError:
@@ -227,14 +227,14 @@ def check_bases(runs: Sequence[TrainedRun]) -> None:
 
 def lineage(run: TrainedRun) -> list[RunConfig]:
     """Configs of the chain of runs that a run started from, nearest first, up to a model that no run made."""
-    found: list[RunConfig] = []
+    configs: list[RunConfig] = []
     seen = {run.folder}
     path = run.config.model.adapter or run.config.model.path
     while (folder := _find_run(Path(path))) is not None and folder not in seen:
         seen.add(folder)
-        found.append(with_absolute_paths(load_config(folder / CONFIG)))
-        path = found[-1].model.adapter or found[-1].model.path
-    return found
+        configs.append(with_absolute_paths(load_config(folder / CONFIG)))
+        path = configs[-1].model.adapter or configs[-1].model.path
+    return configs
 
 
 def _find_run(model: Path) -> Path | None:
@@ -276,8 +276,8 @@ def all_trained_prompts(runs: Sequence[TrainedRun], *, lenient: bool) -> tuple[s
 
 
 def _check_data(run: TrainedRun) -> None:
-    known = run.manifest["data"].get("train split", run.manifest["data"]["train"])["fingerprint"]
-    if run.data.rows.datasets[0].fingerprint != known:
+    fingerprint = run.manifest["data"].get("train split", run.manifest["data"]["train"])["fingerprint"]
+    if run.data.rows.datasets[0].fingerprint != fingerprint:
         what = f"no longer holds the rows that {run.name} was trained on, so it is unknown which rows are held out"
         raise CheckpointError(str(run.config.data.path), what, "restore the file, or give --data with other rows")
 
@@ -311,8 +311,8 @@ def training_budget(run: TrainedRun, up_to: int | None = None) -> Budget:
     lines = [line for line in lines if up_to is None or line["step"] <= up_to]
     last: Mapping[str, Any] = lines[-1] if lines else {"step": 0, "epoch": 0.0, "tokens": 0}
     data = run.manifest["data"]
-    split = data["train split"]["rows"] if "train split" in data else data["train"]["accepted"]
-    rows = last["epoch"] * split
+    split_rows = data["train split"]["rows"] if "train split" in data else data["train"]["accepted"]
+    rows = last["epoch"] * split_rows
     rollouts = run.config.method.rollouts
     t = run.config.train
     return {
@@ -335,15 +335,17 @@ def budget_sentences(budgets: Mapping[str, Sequence[Budget]]) -> list[str]:
     """One sentence for each difference: numbers by more than 5% between settings (means over seeds) or within one, words at all."""
     sentences = []
     for field, words in NUMBERS.items():
-        means = {name: float(np.mean([b[field] for b in of])) for name, of in budgets.items()}
+        means = {name: float(np.mean([b[field] for b in by_seed])) for name, by_seed in budgets.items()}
         if _differs(list(means.values())):
             sentences.append(f"{words} differ: {_join_named({n: _format_number(v) for n, v in means.items()})}.")
-        for name, of in budgets.items():
-            values = [b[field] for b in of]
+        for name, by_seed in budgets.items():
+            values = [b[field] for b in by_seed]
             if _differs(values):
                 sentences.append(f"{words} differ among the seeds of {name}: {', '.join(map(_format_number, values))}.")
     for field, words in WORDS.items():
-        values_by_name = {name: ", ".join(dict.fromkeys(b[field] for b in of)) for name, of in budgets.items()}
+        values_by_name = {
+            name: ", ".join(dict.fromkeys(b[field] for b in by_seed)) for name, by_seed in budgets.items()
+        }
         if len(set(values_by_name.values())) > 1:
             sentences.append(f"{words} differ: {_join_named(values_by_name)}.")
     return sentences
@@ -421,7 +423,7 @@ class Readings:
         """Earlier readings of the same rows or of a file with the same name, oldest first."""
         if not self.log.exists():
             return []
-        found = []
+        readings = []
         for number, line in enumerate(self.log.read_text(encoding="utf-8").split("\n"), 1):
             if not line.strip():
                 continue
@@ -431,16 +433,16 @@ class Readings:
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(f"{self.log}:{number}", "is not a reading of a test set", "restore the line") from error
             if row["fingerprint"] == self.fingerprint or row["file"] == self.file.name:
-                found.append(row)
-        return found
+                readings.append(row)
+        return readings
 
     def check_writable(self) -> None:
         """Raise a DataError if the log cannot be written, because later comparisons would not know of this reading."""
         try:
-            known = self.log.exists()
+            existed = self.log.exists()
             with self.log.open("ab"):
                 pass
-            if not known:  # no reading has happened yet
+            if not existed:  # no reading has happened yet
                 self.log.unlink()
         except OSError as error:
             what = f"cannot be written ({error.strerror}), so nobody would know that the test set was read"
@@ -472,6 +474,6 @@ class Readings:
         )
         if len(earlier) > 1:
             text += f", last on {last['time'][:10]} for {', '.join(last['runs'])}"
-        other = sum(row["fingerprint"] != self.fingerprint for row in earlier)
-        changed = f" ({other} of them with other rows in the file)" if other else ""
-        return f"{text}{changed}: what is chosen by it is no longer tested by it."
+        other_rows = sum(row["fingerprint"] != self.fingerprint for row in earlier)
+        suffix = f" ({other_rows} of them with other rows in the file)" if other_rows else ""
+        return f"{text}{suffix}: what is chosen by it is no longer tested by it."

@@ -89,18 +89,18 @@ def _resolve_own_files(values: dict[str, Any], places: Places, source: str) -> d
             return name
         file, _, function = name.rpartition(":")
         beside = Path(place_of(path, places, source).rpartition(":")[0]).parent / file
-        there = beside if beside.is_file() else Path(file).expanduser()
-        return f"{there.resolve()}:{function}" if there.is_file() else name
+        target = beside if beside.is_file() else Path(file).expanduser()
+        return f"{target.resolve()}:{function}" if target.is_file() else name
 
     def resolved_section(value: Any, path: tuple[str, ...]) -> Any:
         if isinstance(value, str):
             return resolved_name(value, path)
         if not isinstance(value, Mapping):
             return value
-        made = {**value, "name": resolved_name(value["name"], (*path, "name"))} if "name" in value else dict(value)
-        if isinstance(made.get("mix"), list):
-            made["mix"] = [resolved_section(m, (*path, "mix", str(i))) for i, m in enumerate(made["mix"])]
-        return made
+        section = {**value, "name": resolved_name(value["name"], (*path, "name"))} if "name" in value else dict(value)
+        if isinstance(section.get("mix"), list):
+            section["mix"] = [resolved_section(m, (*path, "mix", str(i))) for i, m in enumerate(section["mix"])]
+        return section
 
     data = values.get("data")
     if isinstance(data, Mapping) and "shape" in data:
@@ -117,8 +117,8 @@ def _check_loss(values: Mapping[str, Any], places: Places, source: str) -> None:
         return
     resolved = isinstance(loss, Mapping) and LossModifiers.model_fields.keys() <= loss.keys()  # by `dump_config`
     if values.get("algorithm") is not None and not resolved:
-        what, _, how = LOSS_AND_ALGORITHM.partition("; ")
-        raise ConfigError(place_of(("loss",), places, source), what, how)
+        message, _, how = LOSS_AND_ALGORITHM.partition("; ")
+        raise ConfigError(place_of(("loss",), places, source), message, how)
     section = {"name": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "ref_ema"}
     try:
         LossConfig.from_mapping(section)

@@ -84,13 +84,13 @@ def explain_all(
     suggest: Callable[[str], str] | None = None,
 ) -> ConfigError:
     """A section's pydantic errors as sentences; `prefix` is the section's path, `suggest` gives advice on an unknown key."""
-    found: dict[tuple[str, str], ConfigError] = {}
+    errors: dict[tuple[str, str], ConfigError] = {}
     for e in error.errors():
         p = _explain({**e, "loc": (*prefix, *e["loc"])}, places, source, suggest)
-        known = found.setdefault((p.where, p.what), p)
-        if p.how != known.how:  # a union of types reports each of its members
-            found[p.where, p.what] = ConfigError(p.where, p.what, f"{known.how} or {p.how.removeprefix('give ')}")
-    first, *others = found.values()
+        earlier = errors.setdefault((p.where, p.what), p)
+        if p.how != earlier.how:  # a union of types reports each of its members
+            errors[p.where, p.what] = ConfigError(p.where, p.what, f"{earlier.how} or {p.how.removeprefix('give ')}")
+    first, *others = errors.values()
     more = "".join(f"\n{p}" for p in others[:MAX_ERRORS])
     if len(others) > MAX_ERRORS:
         more += f"\nand {len(others) - MAX_ERRORS:,} more like these"
@@ -116,49 +116,49 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     path = tuple(str(p) for p in error["loc"] if not NO_KEYS.fullmatch(str(p)))
     where, dotted = place_of(path, places, source), ".".join(path)
     kind, value = error["type"], error.get("input")
-    kinds = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
-    shown = kinds.get(type(value), short(repr(value)))
+    type_names = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
+    value_text = type_names.get(type(value), short(repr(value)))
     if kind == "extra_forbidden":
         section = f"in {'.'.join(path[:-1])}" if path[:-1] else "at the top level"
-        own = suggest is None or (path[0] == "loss" and path[-1] in SYNONYMS)
-        hint = _suggest_key(path, places) if own else suggest(path[-1])  # type: ignore[misc]
+        use_default = suggest is None or (path[0] == "loss" and path[-1] in SYNONYMS)
+        hint = _suggest_key(path, places) if use_default else suggest(path[-1])  # type: ignore[misc]
         return ConfigError(where, f'unknown key "{short(path[-1])}" {section}', hint)
     if kind == "missing":
         return ConfigError(where, f"{dotted} is missing", f"add it: {_description(path)}")
     if kind == "dict_type" and str(error["loc"][-1]).startswith("dict["):  # one of several forms
-        return ConfigError(where, f"{dotted} is {shown}", "give a mapping")
+        return ConfigError(where, f"{dotted} is {value_text}", "give a mapping")
     if kind in ("model_type", "dict_type"):
         how = "indent its keys below it"
         if where == "command line":
-            first = next(iter(_fields_of((*path, ""))), "KEY")
+            first_key = next(iter(_fields_of((*path, ""))), "KEY")
             example = as_yaml(value) if isinstance(value, (int, float)) else "..."
-            how = f"set its keys, as in {dotted}.{first}={example}"
+            how = f"set its keys, as in {dotted}.{first_key}={example}"
         return ConfigError(where, f"{dotted} is {short(as_yaml(value))}", f"it is a section: {how}")
     if kind == "value_error" and not isinstance(value, bool):
         what, _, how = str(error["msg"]).removeprefix("Value error, ").partition("; ")
         where = _place_of_named_key(what, path, places) or where
         return ConfigError(where, f"{dotted}: {what}" if dotted else what, how)
     if isinstance(value, str) and kind.split("_")[0] in ("float", "finite", "int", "bool", "literal"):
-        plain = _number_without_quotes(value)
-        if plain is not None:
+        unquoted = _number_without_quotes(value)
+        if unquoted is not None:
             return ConfigError(
-                where, f"{dotted} is the text {short(repr(value))}", f"write {short(plain)} without quotes"
+                where, f"{dotted} is the text {short(repr(value))}", f"write {short(unquoted)} without quotes"
             )
-    return ConfigError(where, f"{dotted} is {shown}", f"give {_expected(error, path)}")
+    return ConfigError(where, f"{dotted} is {value_text}", f"give {_expected(error, path)}")
 
 
 def _place_of_named_key(what: str, path: tuple[str, ...], places: Places) -> str:
     """The place of a section's keys that an error message names: the command line if any is set there, else the first place."""
     words = re.findall(r"\w+(?:\.\w+)*", what)
-    found = [places[key] for word in words if (key := (*path, *word.split("."))) in places]
-    return next((place for place in found if place == "command line"), next(iter(found), ""))
+    named_places = [places[key] for word in words if (key := (*path, *word.split("."))) in places]
+    return next((place for place in named_places if place == "command line"), next(iter(named_places), ""))
 
 
 def sections_of(info: FieldInfo) -> list[type[BaseModel]]:
     """The section classes that a field can hold; none if it is a value."""
     kinds = (info.annotation, *getattr(info.annotation, "__args__", ()))
-    found = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-    return list(dict.fromkeys(ALGORITHMS.values())) if AlgorithmConfig in found else list(found)
+    sections = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+    return list(dict.fromkeys(ALGORITHMS.values())) if AlgorithmConfig in sections else list(sections)
 
 
 def _fields_of(path: tuple[str, ...]) -> dict[str, FieldInfo]:
@@ -186,9 +186,9 @@ def _number_without_quotes(text: str) -> str | None:
 
 def _example(path: tuple[str, ...]) -> str:
     """An example value for a numeric key: its default, if it has one."""
-    of_losses = (s.params.model_fields.values() for s in LOSSES.values())
-    there = [i for f in of_losses for i in f if (i.alias or "") == path[-1]] if path[0] == "loss" else []
-    info = next(iter(there), None) or _fields_of(path).get(path[-1])
+    loss_fields = (s.params.model_fields.values() for s in LOSSES.values())
+    candidates = [i for f in loss_fields for i in f if (i.alias or "") == path[-1]] if path[0] == "loss" else []
+    info = next(iter(candidates), None) or _fields_of(path).get(path[-1])
     default = None if info is None else info.default
     if isinstance(default, (int, float)) and not isinstance(default, bool):
         return as_yaml(default)
@@ -214,9 +214,9 @@ def _expected(error: Any, path: tuple[str, ...]) -> str:
     info = _fields_of(path).get(path[-1])
     limits = bounds(info) if info is not None else ""
     share = "," in limits and limits.endswith(("< 1", "<= 1"))
-    wanted = f"a number {limits.replace(', ', ' and ') if share else message}"
+    expectation = f"a number {limits.replace(', ', ' and ') if share else message}"
     optional = info is not None and type(None) in getattr(info.annotation, "__args__", ())
-    return wanted + (", or null for none" if optional else "")
+    return expectation + (", or null for none" if optional else "")
 
 
 def full_key(word: str, places: Places) -> str:
@@ -229,11 +229,13 @@ def full_key(word: str, places: Places) -> str:
         return SYNONYMS[word]
     if word in RunConfig.model_fields:
         return word
-    online = any(p[0] == "algorithm" for p in places)
-    found = [n for n, info in RunConfig.model_fields.items() for s in sections_of(info)[:1] if word in s.model_fields]
+    has_algorithm = any(p[0] == "algorithm" for p in places)
+    sections = [
+        n for n, info in RunConfig.model_fields.items() for s in sections_of(info)[:1] if word in s.model_fields
+    ]
     if any(word == (i.alias or n) for s in LOSSES.values() for n, i in s.params.model_fields.items()):
-        found = [*(n for n in found if n != "algorithm"), "loss"] if not online else found
-    return f"{found[0]}.{word}" if found else ""
+        sections = [*(n for n in sections if n != "algorithm"), "loss"] if not has_algorithm else sections
+    return f"{sections[0]}.{word}" if sections else ""
 
 
 def _suggest_key(path: tuple[str, ...], places: Places) -> str:
@@ -241,8 +243,8 @@ def _suggest_key(path: tuple[str, ...], places: Places) -> str:
     if word in SYNONYMS:
         return f'did you mean "{SYNONYMS[word]}"?'
     names = list(_fields_of(path))
-    if near := closest(word, names):
-        return f'did you mean "{near}"?'
-    if elsewhere := full_key(word, places):
-        return f'did you mean "{elsewhere}"?'
+    if similar := closest(word, names):
+        return f'did you mean "{similar}"?'
+    if other_key := full_key(word, places):
+        return f'did you mean "{other_key}"?'
     return f"there are {', '.join(sorted(names))}"

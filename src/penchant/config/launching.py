@@ -34,27 +34,29 @@ def check_launch(config: RunConfig, processes: int) -> None:
         what = f"{processes} processes are not equal groups of {launch.context}"
         raise ConfigError("launch.context", what, "give a divisor of them")
     if launch.context > 1:
-        why = None
+        reason = None
         if config.algorithm is not None:
-            why = f"{config.method.name} samples completions, which is untested with it"
+            reason = f"{config.method.name} samples completions, which is untested with it"
         elif config.model.router_aux_loss is not None:
-            why = "a router's balance loss has not been tried with it"
+            reason = "a router's balance loss has not been tried with it"
         elif config.train.packing == "padded":
-            why = "padded rows have no part of it"
-        if why is not None:
-            raise ConfigError("launch.context", f"is {launch.context}, and {why}", "set it to 1")
-    one = "train it in one process (without torchrun, --processes and --gpus)"
+            reason = "padded rows have no part of it"
+        if reason is not None:
+            raise ConfigError("launch.context", f"is {launch.context}, and {reason}", "set it to 1")
+    single_process_advice = "train it in one process (without torchrun, --processes and --gpus)"
     if config.model.sees:
-        raise ConfigError("model.vision", "pictures are read by one process", one)
+        raise ConfigError("model.vision", "pictures are read by one process", single_process_advice)
     if config.method.name == "gkd":
-        raise ConfigError("algorithm.name", "gkd has not been tried with a sharded teacher yet", one)
+        raise ConfigError("algorithm.name", "gkd has not been tried with a sharded teacher yet", single_process_advice)
     if (kind := config.train.optimizer) not in ("adamw", "muon", "sgd"):
-        why = "adds up columns in place, which torch cannot do over shards"
+        reason = "adds up columns in place, which torch cannot do over shards"
         if kind != "adafactor":
-            why = "keeps its moments in blocks that go over the borders of shards"
-        raise ConfigError("train.optimizer", f"{kind} {why}", f"set adamw, muon or sgd, or {one}")
+            reason = "keeps its moments in blocks that go over the borders of shards"
+        raise ConfigError("train.optimizer", f"{kind} {reason}", f"set adamw, muon or sgd, or {single_process_advice}")
     if config.model.quantize != "none":
-        raise ConfigError("model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {one}")
+        raise ConfigError(
+            "model.quantize", "quantized weights cannot be sharded yet", f"leave it out, or {single_process_advice}"
+        )
     if isinstance(config.train.gradient_checkpointing, str):
         what = f"{config.train.gradient_checkpointing} is for one process so far"
-        raise ConfigError("train.gradient_checkpointing", what, f"set layers or off, or {one}")
+        raise ConfigError("train.gradient_checkpointing", what, f"set layers or off, or {single_process_advice}")

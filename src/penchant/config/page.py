@@ -97,24 +97,24 @@ def choices(kind: Any) -> tuple[str, ...]:
     if origin is Literal:
         return tuple(map(as_yaml, inner))
     if origin in (Union, types.UnionType):
-        found = [("null",) if one is type(None) else choices(one) for one in inner]
-        return tuple(value for of_one in found for value in of_one) if all(found) else ()
+        by_member = [("null",) if member is type(None) else choices(member) for member in inner]
+        return tuple(value for values in by_member for value in values) if all(by_member) else ()
     return ()
 
 
 def _keys(section: type[BaseModel], prefix: str) -> tuple[Key, ...]:
-    found: list[Key] = []
+    keys: list[Key] = []
     for name, info in section.model_fields.items():
         kind: Any = info.annotation
         if kind is not None and _is_section(kind):
-            found += _keys(kind, f"{prefix}{name}.")
+            keys += _keys(kind, f"{prefix}{name}.")
             continue
         default = "required" if info.is_required() else as_yaml(info.get_default(call_default_factory=True))
-        found.append(Key(prefix + (info.alias or name), takes(info), default, info.description or "", choices(kind)))
+        keys.append(Key(prefix + (info.alias or name), takes(info), default, info.description or "", choices(kind)))
         inner: Any = get_args(info.annotation)[0] if get_origin(info.annotation) is list else None
         if inner is not None and _is_section(inner):
-            found += _keys(inner, f"{prefix}{name}.N.")
-    return tuple(found)
+            keys += _keys(inner, f"{prefix}{name}.N.")
+    return tuple(keys)
 
 
 def _is_section(kind: Any) -> bool:
@@ -142,10 +142,10 @@ def parts() -> Iterator[Part]:
                 (method, *_keys(LossModifiers, "loss."), mix),
             )
         elif name == "algorithm":
-            names_of: dict[tuple[str, ...], list[str]] = {}
+            names_by_fields: dict[tuple[str, ...], list[str]] = {}
             for algorithm, kind in ALGORITHMS.items():
-                names_of.setdefault(tuple(kind.model_fields), []).append(algorithm)
-            for names in names_of.values():
+                names_by_fields.setdefault(tuple(kind.model_fields), []).append(algorithm)
+            for names in names_by_fields.values():
                 kind = ALGORITHMS[names[0]]
                 if len({ALGORITHMS[n] for n in names}) > 1:
                     kind = kind.__mro__[1]  # their common base class
@@ -168,8 +168,8 @@ def parts() -> Iterator[Part]:
             (section, *_) = sections_of(info)
             keys = [k for k in _keys(section, f"{name}.") if k.path != "evaluation.reward"]
             if name == "evaluation":
-                about = section.model_fields["reward"].description or ""
-                keys.append(Key("evaluation.reward", "as reward", "null", about))
+                description = section.model_fields["reward"].description or ""
+                keys.append(Key("evaluation.reward", "as reward", "null", description))
             yield Part(name, _first_line(section), tuple(keys))
 
 
@@ -181,15 +181,19 @@ def text(key: str | None = None) -> str:
     """
     lines: list[str] = []
     for part in parts():
-        found = [k for k in part.keys if key is None or k.path == key or k.path.startswith(f"{key}.")]
-        lines += ["", f"{part.title.upper()}  {part.about}"] if found else []
-        for k in found:
+        keys = [k for k in part.keys if key is None or k.path == key or k.path.startswith(f"{key}.")]
+        lines += ["", f"{part.title.upper()}  {part.about}"] if keys else []
+        for k in keys:
             default = {"": "", "required": " (required)"}.get(k.default, f" (default: {k.default})")
             lines += [f"  {k.path}: {k.takes}{default}", f"      {k.meaning}"]
     if not lines:
         names = sorted({k.path for p in parts() for k in p.keys})
-        near = closest(str(key), names) or next((n for n in names if n.rpartition(".")[2] == key), "")
-        how = f"did you mean {near}?" if near else f"there are the sections {', '.join(RunConfig.model_fields)}"
+        suggestion = closest(str(key), names) or next((n for n in names if n.rpartition(".")[2] == key), "")
+        how = (
+            f"did you mean {suggestion}?"
+            if suggestion
+            else f"there are the sections {', '.join(RunConfig.model_fields)}"
+        )
         raise ConfigError("config", f"{key!r} is not a config key", how)
     return "\n".join(lines[1:])
 

@@ -135,8 +135,10 @@ class RunConfig(Section):
         if self.algorithm is None and self.reward is not None:
             raise ValueError("reward is set without an algorithm; add algorithm.name (rloo, grpo, online_dpo, ppo)")
         if self.algorithm is not None and self.reward is not None and not self.algorithm.takes_reward:
-            why = "learns a reward from pairs and" if self.algorithm.learns_reward else "has no completions judged and"
-            raise ValueError(f"{self.algorithm.name} {why} takes none; leave out reward")
+            reason = (
+                "learns a reward from pairs and" if self.algorithm.learns_reward else "has no completions judged and"
+            )
+            raise ValueError(f"{self.algorithm.name} {reason} takes none; leave out reward")
         if self.algorithm is not None and self.reward is None and self.algorithm.takes_reward:
             raise ValueError(
                 "algorithm needs a reward; set reward to sentiment, words, path.py:function or a reward model's folder"
@@ -160,10 +162,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_unused_settings(self) -> RunConfig:
-        for key, why in self.method.idle.items():
+        for key, reason in self.method.idle.items():
             section, _, name = key.partition(".")
             if name:
-                refuse_idle(getattr(self, section), {name: why}, f"{section}.")
+                refuse_idle(getattr(self, section), {name: reason}, f"{section}.")
         return self
 
     @model_validator(mode="after")
@@ -176,8 +178,8 @@ class RunConfig(Section):
                 )
             return self
         evaluation, train = self.evaluation, self.train
-        given = evaluation.model_fields_set
-        cannot = {
+        set_fields = evaluation.model_fields_set
+        conflicts = {
             "algorithm": (self.algorithm is not None, "leave it out: losses on given answers read pictures"),
             "model.quantize": (self.model.quantize != "none", "set it to none"),
             "model.tokenizer": (self.model.tokenizer is not None, "leave it out: the processor has its own"),
@@ -190,16 +192,16 @@ class RunConfig(Section):
             "data.template": (self.data.template == "plain", "set it to auto"),
             "launch.processes": (self.launch.processes not in ("auto", 1), "leave it out: one process reads pictures"),
             "evaluation.reward": (evaluation.reward is not None, "leave it out"),
-            "evaluation.kl_prompts": ("kl_prompts" in given and evaluation.kl_prompts > 0, "set it to 0"),
-            "evaluation.samples": ("samples" in given and evaluation.samples > 0, "set it to 0"),
+            "evaluation.kl_prompts": ("kl_prompts" in set_fields and evaluation.kl_prompts > 0, "set it to 0"),
+            "evaluation.samples": ("samples" in set_fields and evaluation.samples > 0, "set it to 0"),
         }
-        for name, (there, how) in cannot.items():
-            if there:
+        for name, (is_set, how) in conflicts.items():
+            if is_set:
                 raise ValueError(
                     f"{name} is set and model.vision is {self.model.vision}, which do not go together; {how}"
                 )
-        quiet = evaluation.model_copy(update={"kl_prompts": 0, "samples": 0})
-        object.__setattr__(self, "evaluation", quiet)
+        without_sampling = evaluation.model_copy(update={"kl_prompts": 0, "samples": 0})
+        object.__setattr__(self, "evaluation", without_sampling)
         return self
 
     @property
@@ -211,9 +213,9 @@ class RunConfig(Section):
         """SHA-256 of the user's own loss, algorithm and environment files by name, and of their imports as ``NAME: helper.py``."""
         names = [c.name for c in self.loss.components] if self.algorithm is None else [self.algorithm.name]
         names += [self.rollout.environment] if self.rollout.environment is not None else []
-        own = [name for name in names if is_own(name) and own_file(name).is_file()]
-        beside = {f"{name}: {file}": sha256 for name in own for file, sha256 in imported_sha256(name).items()}
-        return {name: file_sha256(own_file(name)) for name in own} | beside
+        own_names = [name for name in names if is_own(name) and own_file(name).is_file()]
+        imports = {f"{name}: {file}": sha256 for name in own_names for file, sha256 in imported_sha256(name).items()}
+        return {name: file_sha256(own_file(name)) for name in own_names} | imports
 
     @field_validator("loss", mode="before")
     @classmethod
@@ -234,8 +236,8 @@ def result_settings(config: RunConfig) -> dict[str, Any]:
     settings["rollout"] |= {name: default[name] for name in (*PLACES, "environment_timeout")}
     settings["reference"]["device"] = "auto"
     if config.reward is not None:
-        patient = RewardConfig.model_fields["timeout"].default
-        settings["reward"] = config.reward.model_copy(update={"timeout": patient}).model_dump(mode="json")
+        default_timeout = RewardConfig.model_fields["timeout"].default
+        settings["reward"] = config.reward.model_copy(update={"timeout": default_timeout}).model_dump(mode="json")
     return settings
 
 
@@ -249,7 +251,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             return {name: absolute(p) for name, p in path.items()}
         return str(Path(path).expanduser().resolve()) if path is not None and Path(path).expanduser().exists() else path
 
-    def section(value: Any, *names: str) -> Any:
+    def absolute_fields(value: Any, *names: str) -> Any:
         return value.model_copy(update={n: absolute(getattr(value, n)) for n in names})
 
     def absolute_reward(name: str) -> str:
@@ -258,7 +260,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
             return name
         return f"{absolute(path)}:{function}" if colon else str(absolute(name))
 
-    def rewards(reward: RewardConfig | None) -> RewardConfig | None:
+    def absolute_rewards(reward: RewardConfig | None) -> RewardConfig | None:
         if reward is None:
             return None
         terms = {absolute_reward(name): weight for name, weight in reward.terms.items()}
@@ -266,16 +268,16 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     return config.model_copy(
         update={
-            "model": section(config.model, "path", "tokenizer", "adapter"),
-            "data": section(config.data, "path", "eval_path", "image_dir").model_copy(
-                update={"sources": [section(s, "path") for s in config.data.sources]}
+            "model": absolute_fields(config.model, "path", "tokenizer", "adapter"),
+            "data": absolute_fields(config.data, "path", "eval_path", "image_dir").model_copy(
+                update={"sources": [absolute_fields(s, "path") for s in config.data.sources]}
             ),
-            "reference": section(config.reference, "path"),
-            "reward": rewards(config.reward),
+            "reference": absolute_fields(config.reference, "path"),
+            "reward": absolute_rewards(config.reward),
             "rollout": config.rollout.model_copy(
                 update={"environment": config.rollout.environment and absolute_reward(config.rollout.environment)}
             ),
-            "evaluation": config.evaluation.model_copy(update={"reward": rewards(config.evaluation.reward)}),
+            "evaluation": config.evaluation.model_copy(update={"reward": absolute_rewards(config.evaluation.reward)}),
             "output": str(Path(config.output).expanduser().resolve()),
         }
     )
@@ -293,8 +295,8 @@ def default_settings() -> dict[str, Any]:
         section = info.annotation
         if isinstance(section, type) and issubclass(section, Section):
             fields = section.model_fields.items()
-            known = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
-            defaults[name] = {f: v.model_dump() if isinstance(v, Section) else v for f, v in known.items()}
+            values = {f: i.get_default(call_default_factory=True) for f, i in fields if not i.is_required()}
+            defaults[name] = {f: v.model_dump() if isinstance(v, Section) else v for f, v in values.items()}
     return defaults
 
 
@@ -303,18 +305,18 @@ MODEL_SPECIFIC = ("revision", "init", "tokenizer", "adapter")  # settings that b
 HOLD_OUT_KEYS = ("eval_path", "validation_rows", "validation_fraction")
 
 
-def merge_settings(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Merge a stage's `own` keys over `defaults`, section by section.
+def merge_settings(defaults: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge a stage's keys, `overrides`, over `defaults`, section by section.
 
     `loss`, `algorithm` and `reward` are taken whole; a stage with one of loss and algorithm does not inherit the other, and a
     stage without an algorithm inherits no reward. A stage with its own model.path inherits no settings of another model
     (revision, init, tokenizer, adapter), and one that sets how rows are held out does not inherit another way.
     """
     result: dict[str, Any] = dict(defaults)
-    for one, other in (("loss", "algorithm"), ("algorithm", "loss")):
-        if own.get(one) is not None:
-            result.pop(other, None)
-    for key, value in own.items():
+    for method_key, other_key in (("loss", "algorithm"), ("algorithm", "loss")):
+        if overrides.get(method_key) is not None:
+            result.pop(other_key, None)
+    for key, value in overrides.items():
         base = defaults.get(key)
         if key in NOT_MERGED or not (isinstance(base, dict) and isinstance(value, dict)):
             result[key] = value
@@ -325,6 +327,6 @@ def merge_settings(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[
         if key == "data" and set(HOLD_OUT_KEYS) & set(value):
             dropped |= set(HOLD_OUT_KEYS)
         result[key] = {k: v for k, v in base.items() if k not in dropped} | value
-    if result.get("algorithm") is None and "reward" not in own:
+    if result.get("algorithm") is None and "reward" not in overrides:
         result.pop("reward", None)
     return result

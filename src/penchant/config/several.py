@@ -27,10 +27,14 @@ from penchant.errors import CheckpointError, ConfigError, DataError, ModelError,
 S = TypeVar("S", bound=BaseModel)
 
 
-def read_values(given: Mapping[str, Any] | str | Path, shape: str, what: str) -> tuple[dict[str, Any], Places, str]:
+def read_values(
+    config_or_path: Mapping[str, Any] | str | Path, shape: str, what: str
+) -> tuple[dict[str, Any], Places, str]:
     """(values, their places, source) of a file of several runs, or of a mapping; `shape` and `what` describe it in messages."""
-    values, places = ({**given}, {}) if isinstance(given, Mapping) else read_mapping(given, shape)
-    source = what if isinstance(given, Mapping) else str(given)
+    values, places = (
+        ({**config_or_path}, {}) if isinstance(config_or_path, Mapping) else read_mapping(config_or_path, shape)
+    )
+    source = what if isinstance(config_or_path, Mapping) else str(config_or_path)
     values = plain_values(values)
     check_values(values, places, source)
     return values, places, source
@@ -49,8 +53,8 @@ def read_output(
     """
     for key in values:
         if key not in keys:
-            belongs = f"it goes into {part}.{key}" if key in RunConfig.model_fields else did_you_mean(key, keys)
-            raise ConfigError(place_of((key,), places, source), f'unknown key "{key}" at the top level', belongs)
+            advice = f"it goes into {part}.{key}" if key in RunConfig.model_fields else did_you_mean(key, keys)
+            raise ConfigError(place_of((key,), places, source), f'unknown key "{key}" at the top level', advice)
     output = values.get("output")
     if not isinstance(output, str) or not output:
         raise ConfigError(place_of(("output",), places, source), "output is missing", f"add it: the {what}'s folder")
@@ -109,9 +113,9 @@ class Member:
         title = self.title.format(self.name)
         if isinstance(error, ConfigError):
             # a place has a line or is the command line; anything else is a key of the config
-            known = error.where in {*self.places.values(), self.place}
-            where = error.where if known else place_of(tuple(error.where.split(".")), self.places, self.place)
-            what = error.what if known else f"{error.where} {error.what}"
+            is_place = error.where in {*self.places.values(), self.place}
+            where = error.where if is_place else place_of(tuple(error.where.split(".")), self.places, self.place)
+            what = error.what if is_place else f"{error.where} {error.what}"
             return ConfigError(where, f"{title}: {what}", error.how)
         if isinstance(error, (DataError, ModelError, RewardError)):
             return type(error)(error.where, f"{title}: {error.what}", error.how)
@@ -125,7 +129,7 @@ class Member:
         except PenchantError as error:
             raise self.named(error) from error
 
-    def refusal(self, why: str, how: str) -> CheckpointError:
+    def refusal(self, reason: str, how: str) -> CheckpointError:
         """The error for a run that exists with other inputs, so that it can be neither skipped nor overwritten."""
-        what = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {why}"
+        what = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {reason}"
         return CheckpointError(self.place, what, how)

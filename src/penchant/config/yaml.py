@@ -53,11 +53,11 @@ def _int(_: Any, node: yaml.Node) -> int:
 
 
 def _bool(_: Any, node: yaml.Node) -> bool:
-    found = yaml.SafeLoader.bool_values.get(str(node.value).lower())
-    if found is None:
+    value = yaml.SafeLoader.bool_values.get(str(node.value).lower())
+    if value is None:
         problem = f"{short(str(node.value), 20)} is neither true nor false"
         raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark, note="write true or false")
-    return found
+    return value
 
 
 _SIDES: tuple[Any, ...] = (_Loader, _FastLoader, _Dumper)
@@ -152,15 +152,15 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
         with path.open("rb") as file:
             text = file.read(YAML_BYTES + 1).decode("utf-8-sig")
     except FileNotFoundError as error:
-        near = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
+        suggestion = closest_file(path, [p.name for p in path.parent.glob("*.y*ml")])
         runs = {p.parent.name: str(p) for p in path.parent.glob(f"*/{RESOLVED}")}
         run = runs.get(closest(path.name, runs, 0.7), "")
-        near = "" if run and not path.suffix else Path(near).name if near else ""
-        how = f"did you mean {near or run}?" if near or run else "give the path of a YAML config"
+        suggestion = "" if run and not path.suffix else Path(suggestion).name if suggestion else ""
+        how = f"did you mean {suggestion or run}?" if suggestion or run else "give the path of a YAML config"
         raise ConfigError(str(path), "no such file", how) from error
     except IsADirectoryError as error:
-        own = path / RESOLVED
-        how = f"its config is {own}" if own.is_file() else "give the YAML file of a config"
+        config_path = path / RESOLVED
+        how = f"its config is {config_path}" if config_path.is_file() else "give the YAML file of a config"
         raise ConfigError(str(path), "is a folder", how) from error
     except (OSError, ValueError) as error:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
@@ -242,7 +242,9 @@ def expand_source_list(values: dict[str, Any], places: Places) -> Places:
     if not isinstance(values.get("data"), list):
         return places
     values["data"] = {"sources": values["data"]}
-    return {("data", "sources", *key[1:]) if key[0] == "data" and key[1:] else key: at for key, at in places.items()}
+    return {
+        ("data", "sources", *key[1:]) if key[0] == "data" and key[1:] else key: place for key, place in places.items()
+    }
 
 
 def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value: Any, where: str) -> Places:
@@ -257,27 +259,27 @@ def set_key(values: dict[str, Any], places: Places, path: tuple[str, ...], value
     Raises:
         ConfigError: a part of the path is not a section.
     """
-    at = values
+    section = values
     for i, part in enumerate(path[:-1]):
-        if at.get(part) is None:
-            at[part] = {}
-        if part in BY_NAME and isinstance(at[part], str):
-            at[part] = {"name": at[part]}
-        at = at[part]
-        if isinstance(at, list):
+        if section.get(part) is None:
+            section[part] = {}
+        if part in BY_NAME and isinstance(section[part], str):
+            section[part] = {"name": section[part]}
+        section = section[part]
+        if isinstance(section, list):
             what = f"{'.'.join(path[: i + 1])} is a list, so {'.'.join(path)} cannot be set"
             raise ConfigError(where, what, "give the whole list, or change it in the file")
-        if not isinstance(at, dict):
+        if not isinstance(section, dict):
             what = f"{'.'.join(path[: i + 1])} is a value, not a section, so {'.'.join(path)} cannot be set"
             raise ConfigError(where, what, "see `penchant config` for all keys")
-    if path[-2:] == ("loss", "name") and at.get("name", "dpo") != value:
+    if path[-2:] == ("loss", "name") and section.get("name", "dpo") != value:
         # another loss starts from its own defaults: a beta in the file was meant for the file's loss
-        given = {p[-1] for p, place in places.items() if p[:-1] == path[:-1] and place == "command line"}
-        for key_of_file in [k for k in at if k not in {*LossModifiers.model_fields, *given}]:
-            del at[key_of_file]
-    at[path[-1]] = value
-    also = any(p[0] == "loss" and place == where for p, place in places.items())
-    if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not also:
+        overridden = {p[-1] for p, place in places.items() if p[:-1] == path[:-1] and place == "command line"}
+        for key in [k for k in section if k not in {*LossModifiers.model_fields, *overridden}]:
+            del section[key]
+    section[path[-1]] = value
+    loss_set_too = any(p[0] == "loss" and place == where for p, place in places.items())
+    if path in (("algorithm",), ("algorithm", "name")) and value is not None and "loss" in values and not loss_set_too:
         del values["loss"]  # an algorithm replaces the file's loss
         places = {p: place for p, place in places.items() if p[0] != "loss"}
     return {p: place for p, place in places.items() if p[: len(path)] != path} | {path: where}

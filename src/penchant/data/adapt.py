@@ -36,11 +36,11 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
     Raises:
         DataError: the rows cannot be used; it names the file, the field and the option.
     """
-    for key, given, use in (
+    for key, is_set, used_by in (
         ("score_threshold", options.score_threshold is not None, "unpaired"),
         ("pairs_from_scores", options.pairs_from_scores != "off", "pairs"),
     ):
-        if given and (signal != use or dataset.kind != "scored"):
+        if is_set and (signal != used_by or dataset.kind != "scored"):
             what = f"data.{key} is set, but {setting(loss)} on rows that are {dataset.kind} does not use it"
             raise DataError(name, what, "leave it out")
     if signal == "pairs":
@@ -69,18 +69,20 @@ def adapt(dataset: Dataset, loss: str, signal: str, needs: Set[str], options: Da
 def _with_trees(
     dataset: Dataset,
     trees: Sequence[PromptTree],
-    aside: Sequence[Quarantined] = (),
-    used: int | None = None,
+    quarantined_rows: Sequence[Quarantined] = (),
+    n_used_rows: int | None = None,
     **more: Any,
 ) -> Dataset:
-    """The data set with other trees, made from `used` of its own (default: one from each).
+    """The data set with other trees, made from `n_used_rows` of its own (default: one from each).
 
-    If each row gave one tree, `used` is the number of accepted rows; otherwise an example counts as a row from here on.
+    If each row gave one tree, `n_used_rows` is the number of accepted rows; otherwise an example counts as a row from here on.
     """
-    made = dataset.with_trees(tuple(trees), fingerprint(trees))
-    kept = (*dataset.quarantined, *aside)
-    rows = used if used is not None and dataset.accepted == len(dataset.trees) else len(trees)
-    return replace(made, quarantined=kept, total=rows + len(kept), accepted=rows, columns=dataset.columns, **more)
+    adapted = dataset.with_trees(tuple(trees), fingerprint(trees))
+    quarantined = (*dataset.quarantined, *quarantined_rows)
+    rows = n_used_rows if n_used_rows is not None and dataset.accepted == len(dataset.trees) else len(trees)
+    return replace(
+        adapted, quarantined=quarantined, total=rows + len(quarantined), accepted=rows, columns=dataset.columns, **more
+    )
 
 
 def _as_prompts(dataset: Dataset, name: str) -> Dataset:
@@ -186,17 +188,17 @@ def _require_trees(trees: list[PromptTree], name: str) -> list[PromptTree]:
     return trees
 
 
-def _with_scores(dataset: Dataset, loss: str, needs: Set[str], options: DataConfig, name: str) -> Dataset:
+def _with_scores(dataset: Dataset, loss: str, required: Set[str], options: DataConfig, name: str) -> Dataset:
     """Pairs whose scores the loss can use; the others are bad rows."""
     trees: list[PromptTree] = []
     aside: list[Quarantined] = []
     for tree in dataset.trees:
-        good, bad = (c.score for c in tree.completions)
-        if good is None or bad is None:
+        chosen_score, rejected_score = (c.score for c in tree.completions)
+        if chosen_score is None or rejected_score is None:
             what = f'{setting(loss)} needs "chosen_score" and "rejected_score"'
             how = "add them, or choose another loss"
-        elif "score_gap" in needs and good <= bad:
-            what = f'"chosen_score" ({good:g}) is not above "rejected_score" ({bad:g})'
+        elif "score_gap" in required and chosen_score <= rejected_score:
+            what = f'"chosen_score" ({chosen_score:g}) is not above "rejected_score" ({rejected_score:g})'
             how = "drop the row, or choose a loss without scores"
         else:
             trees.append(tree)
@@ -239,6 +241,6 @@ def mismatched_rows(prompts: list[bytes]) -> list[int] | None:
         return None
     partner = [0] * n
     for i in range(2 * n - 1, -1, -1):  # twice around: rows of one prompt share their partner, across the end too
-        at, after = i % n, (i + 1) % n
-        partner[at] = after if prompts[after] != prompts[at] else partner[after]
+        row, next_row = i % n, (i + 1) % n
+        partner[row] = next_row if prompts[next_row] != prompts[row] else partner[next_row]
     return partner

@@ -82,30 +82,30 @@ def hashes_of(files: Sequence[Path]) -> list[str]:
     """
     path = cache_folder("data") / HASHES
     try:
-        held = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except (OSError, ValueError):
-        held = None
-    table = held if isinstance(held, dict) and held.pop("", None) == _sha256_of(held) else {}
+        stored = None
+    table = stored if isinstance(stored, dict) and stored.pop("", None) == _sha256_of(stored) else {}
     new: dict[str, list[Any]] = {}
-    found = []
+    digests = []
     for file in files:
         name, stat = str(file.resolve()), _file_stat(file)
-        known = table.get(name)
-        if isinstance(known, list) and len(known) == 3 and known[0] == stat and _is_settled(stat, known[1]):
-            found.append(str(known[2]))
+        entry = table.get(name)
+        if isinstance(entry, list) and len(entry) == 3 and entry[0] == stat and _is_settled(stat, entry[1]):
+            digests.append(str(entry[2]))
             continue
-        began = time_ns()
+        read_at = time_ns()
         digest = file_sha256(file)
-        found.append(digest)
-        if _file_stat(file) == stat and _is_settled(stat, began):
-            new[name] = [stat, began, digest]
+        digests.append(digest)
+        if _file_stat(file) == stat and _is_settled(stat, read_at):
+            new[name] = [stat, read_at, digest]
     if new:
-        kept = {**{k: v for k, v in table.items() if k not in new}, **new}
+        merged = {**{k: v for k, v in table.items() if k not in new}, **new}
         with suppress(OSError):  # if two processes write at once, one loses, and a file is read again
             path.parent.mkdir(parents=True, exist_ok=True)
-            kept = dict(list(kept.items())[-FILES_KEPT:])
-            write_atomically(path, {**kept, "": _sha256_of(kept)})
-    return found
+            merged = dict(list(merged.items())[-FILES_KEPT:])
+            write_atomically(path, {**merged, "": _sha256_of(merged)})
+    return digests
 
 
 def _file_stat(file: Path) -> list[int]:
@@ -180,19 +180,19 @@ class Entry:
             for leftover in self.folder.parent.glob(".making-*"):
                 if time_ns() - leftover.stat().st_mtime_ns > ABANDONED_NS:
                     shutil.rmtree(leftover, ignore_errors=True)
-            aside = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder.parent))
+            temporary = Path(tempfile.mkdtemp(prefix=".making-", dir=self.folder.parent))
         except OSError:
             return False
         try:
-            content = write(aside)
-            files = {p.name: (p.stat().st_size, crc32(p)) for p in sorted(aside.iterdir())}
+            content = write(temporary)
+            files = {p.name: (p.stat().st_size, crc32(p)) for p in sorted(temporary.iterdir())}
             meta = json.loads(json.dumps({"content": content, "files": files}))
-            write_text_atomically(aside / META, json.dumps(meta | {"sha256": _sha256_of(meta)}))
-            os.rename(aside, self.folder)
+            write_text_atomically(temporary / META, json.dumps(meta | {"sha256": _sha256_of(meta)}))
+            os.rename(temporary, self.folder)
         except OSError:
             return (self.folder / META).exists()  # another process was faster, or the disk is full
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
         return True
 
 
@@ -232,11 +232,11 @@ class DataCache:
 
     def load(self, path: str | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
         """`load_preferences`, cached."""
-        named = named_files(path)
-        files = [f for _, f in named if f is not None]
-        if not self.on or len(files) < len(named) or sum(f.stat().st_size for f in files) < AUTO_BYTES:
+        names_and_files = named_files(path)
+        files = [f for _, f in names_and_files if f is not None]
+        if not self.on or len(files) < len(names_and_files) or sum(f.stat().st_size for f in files) < AUTO_BYTES:
             return load_preferences(path, on_bad_row=on_bad_row, **how)
-        contents = [(name, digest) for (name, _), digest in zip(named, hashes_of(files), strict=True)]
+        contents = [(name, digest) for (name, _), digest in zip(names_and_files, hashes_of(files), strict=True)]
         layout = own_sha256(how.get("shape", "auto"))
         key = key_of("rows", {"files": contents, **how, "on_bad_row": on_bad_row, "layout": layout})
 
@@ -244,10 +244,10 @@ class DataCache:
             stream, writer = stream_preferences(path, **how), RowWriter(folder)
             bounds = Bounds(**how["bounds"]) if "bounds" in how else BOUNDS.get() or Bounds()
             shards = shards_of(path, bounds) if stream.splittable else []
-            many = 1 if self.workers is None and len(shards) < MANY_SHARDS else number_of(self.workers, len(shards))
-            if many > 1:
+            workers = 1 if self.workers is None and len(shards) < MANY_SHARDS else number_of(self.workers, len(shards))
+            if workers > 1:
                 tasks = (_ShardTask(shard, bounds, stream.how, on_bad_row) for shard in shards)
-                for rows, columns, accepted, aside, content in in_order(_ShardTask.run, tasks, many):
+                for rows, columns, accepted, aside, content in in_order(_ShardTask.run, tasks, workers):
                     writer.merge(_require_storable(rows))
                     stream.merge(columns, accepted, aside, content)
             else:
@@ -256,22 +256,22 @@ class DataCache:
                 except TypeError as error:  # a column of bytes or dates
                     raise NotStorable from error
             writer.close()
-            made = stream.dataset(StoredRows(folder, key))
+            dataset = stream.dataset(StoredRows(folder, key))
             return {
-                **{name: getattr(made, name) for name in ("shape", "kind", "total", "accepted", "fingerprint")},
-                "detection": made.detection and asdict(made.detection),
-                "quarantined": _quarantine_as_json(made.quarantined),
+                **{name: getattr(dataset, name) for name in ("shape", "kind", "total", "accepted", "fingerprint")},
+                "detection": dataset.detection and asdict(dataset.detection),
+                "quarantined": _quarantine_as_json(dataset.quarantined),
                 "columns": {name: getattr(stream.columns, name) for name in Columns.__slots__},
             }
 
         def read(folder: Path, meta: Mapping[str, Any]) -> Dataset:
-            found, said = meta["detection"], meta["columns"]
-            more = {
+            detection, columns = meta["detection"], meta["columns"]
+            fields = {
                 "quarantined": tuple(Quarantined(*q) for q in meta["quarantined"]),
-                "detection": found and Detection(**{**found, "others": tuple(found["others"])}),
-                "columns": Columns(**said | {n: Counter(said[n]) for n in ("layouts", "languages")}),
+                "detection": detection and Detection(**{**detection, "others": tuple(detection["others"])}),
+                "columns": Columns(**columns | {n: Counter(columns[n]) for n in ("layouts", "languages")}),
             }
-            return Dataset(StoredRows(folder, key), **{**meta, **more})
+            return Dataset(StoredRows(folder, key), **{**meta, **fields})
 
         return self._read_or_write("rows", key, write, read) or load_preferences(path, on_bad_row=on_bad_row, **how)
 
@@ -295,10 +295,10 @@ class DataCache:
                 writer.close()
                 return {"fingerprint": digest.hexdigest()}
 
-            found: tuple[Sequence[PromptTree], str] | None = self._read_or_write(
+            stored: tuple[Sequence[PromptTree], str] | None = self._read_or_write(
                 "rows", key, write, lambda folder, meta: (StoredRows(folder, key), str(meta["fingerprint"]))
             )
-            return found
+            return stored
 
         return concatenate_datasets(parts, names, keep)
 
@@ -310,68 +310,72 @@ class DataCache:
         key = key_of("split", {"rows": rows.key, "kind": dataset.kind, **how})
 
         def write(folder: Path) -> Mapping[str, Any]:
-            def each(function: Callable[[RowsPart], bytes], which: StoredRows) -> Iterator[bytes]:
-                return in_order(function, parts_of(which), self._processes(len(which)))
+            def map_parts(function: Callable[[RowsPart], bytes], subset: StoredRows) -> Iterator[bytes]:
+                return in_order(function, parts_of(subset), self._processes(len(subset)))
 
             def digests(_: Sequence[PromptTree], seed: int) -> bytes:
-                return b"".join(each(partial(_digests_of_part, seed), rows))
+                return b"".join(map_parts(partial(_digests_of_part, seed), rows))
 
-            def sha256(which: np.ndarray) -> str:
-                made = hashlib.sha256()
-                for content in each(_content_of_part, rows.take(which, "")):
-                    made.update(content)
-                return made.hexdigest()
+            def sha256(indices: np.ndarray) -> str:
+                digest = hashlib.sha256()
+                for content in map_parts(_content_of_part, rows.take(indices, "")):
+                    digest.update(content)
+                return digest.hexdigest()
 
-            held = held_out_rows(dataset, digests=digests, **how)
-            kept = np.setdiff1d(np.arange(len(rows)), held)
-            np.save(folder / "train.npy", kept)
-            np.save(folder / "held.npy", held)
-            return {"train": sha256(kept), "held": sha256(held)}
+            held_out = held_out_rows(dataset, digests=digests, **how)
+            train = np.setdiff1d(np.arange(len(rows)), held_out)
+            np.save(folder / "train.npy", train)
+            np.save(folder / "held.npy", held_out)
+            return {"train": sha256(train), "held": sha256(held_out)}
 
         def read(folder: Path, meta: Mapping[str, Any]) -> tuple[Dataset, Dataset]:
-            train, held = (
+            train, held_out = (
                 dataset.with_trees(rows.take(np.load(folder / f"{n}.npy"), f"{key}/{n}"), meta[n])
                 for n in ("train", "held")
             )
-            return train, held
+            return train, held_out
 
         return self._read_or_write("split", key, write, read) or split_by_prompt(dataset, **how)
 
     def tokenize(self, dataset: Dataset, tokenizer: Any, **how: Any) -> TokenizedDataset:
         """`tokenize`, cached. Entries are made with bad rows kept aside; if those are errors, the first one is raised afterwards."""
-        rows, by = dataset.trees, tokenizer_key(tokenizer)
-        if not isinstance(rows, StoredRows) or by is None or (how["add_eos"] and tokenizer.eos_token_id is None):
+        rows, tokenizer_hash = dataset.trees, tokenizer_key(tokenizer)
+        if (
+            not isinstance(rows, StoredRows)
+            or tokenizer_hash is None
+            or (how["add_eos"] and tokenizer.eos_token_id is None)
+        ):
             return tokenize(dataset, tokenizer, **how)
-        making_how = {**how, "on_bad_row": "skip"}
-        key = key_of("tokens", {"rows": rows.whole, "kind": dataset.kind, "tokenizer": by, **making_how})
+        settings = {**how, "on_bad_row": "skip"}
+        key = key_of("tokens", {"rows": rows.whole, "kind": dataset.kind, "tokenizer": tokenizer_hash, **settings})
 
         def write(folder: Path) -> Mapping[str, Any]:
-            whole, writer = rows.all_rows(), TokenWriter(folder)
-            many = self._processes(len(whole))
-            if many == 1:
-                done = [_tokenize_into(whole, tokenizer, dataset.kind, making_how, writer)]
+            all_rows, writer = rows.all_rows(), TokenWriter(folder)
+            workers = self._processes(len(all_rows))
+            if workers == 1:
+                results = [_tokenize_into(all_rows, tokenizer, dataset.kind, settings, writer)]
             else:
-                held = by, pickle.dumps(tokenizer)
-                tasks = (_TokenizeTask(part, held, dataset.kind, making_how) for part in parts_of(whole))
-                done = []
-                for made, told in in_order(_TokenizeTask.run, tasks, many):
-                    writer.merge(made)
-                    done.append(told)
+                pickled = tokenizer_hash, pickle.dumps(tokenizer)
+                tasks = (_TokenizeTask(part, pickled, dataset.kind, settings) for part in parts_of(all_rows))
+                results = []
+                for part_writer, part_result in in_order(_TokenizeTask.run, tasks, workers):
+                    writer.merge(part_writer)
+                    results.append(part_result)
             writer.close()
-            cut = {n: [s for d in done for s in getattr(d, n)] for n in ("cut_prompts", "cut_completions")}
-            aside = [q for d in done for q in d.quarantined]
-            return {"quarantined": _quarantine_as_json(aside), **cut, "template": done[0].template}
+            cut = {n: [s for d in results for s in getattr(d, n)] for n in ("cut_prompts", "cut_completions")}
+            quarantined = [q for d in results for q in d.quarantined]
+            return {"quarantined": _quarantine_as_json(quarantined), **cut, "template": results[0].template}
 
         if key not in self._tokens:
-            found = self._read_or_write("tokens", key, write, StoredDataset.read)
-            if found is None:
+            stored = self._read_or_write("tokens", key, write, StoredDataset.read)
+            if stored is None:
                 return tokenize(dataset, tokenizer, **how)
-            self._tokens[key] = found
-        made = self._tokens[key].rows(rows.which)
-        if how["on_bad_row"] == "error" and made.quarantined:
-            first = made.quarantined[0]
-            raise DataError(first.where, first.what, f"{first.how} (or set data.on_bad_row=skip)")
-        return made
+            self._tokens[key] = stored
+        tokenized = self._tokens[key].rows(rows.which)
+        if how["on_bad_row"] == "error" and tokenized.quarantined:
+            bad = tokenized.quarantined[0]
+            raise DataError(bad.where, bad.what, f"{bad.how} (or set data.on_bad_row=skip)")
+        return tokenized
 
     def audit(
         self,
@@ -383,22 +387,22 @@ class DataCache:
         languages: bool,
     ) -> Audit:
         """`audit`, cached, without opinions."""
-        make = partial(
+        compute = partial(
             audit, dataset, tokenized, splits, path, languages=languages, workers=self._processes(len(dataset.trees))
         )
-        rows = {"": dataset, **splits}
+        datasets = {"": dataset, **splits}
         tokens = None if tokenized is None else tokenized.trees
-        stored = {n: d.trees.key for n, d in rows.items() if isinstance(d.trees, StoredRows)}
-        known = tokens is None or (isinstance(tokens, StoredTokens) and tokens.which is None)
-        if len(stored) < len(rows) or not known:
-            return make()
-        by = tokens.folder.name if isinstance(tokens, StoredTokens) else None
-        depends_on = {"rows": stored, "kind": dataset.kind, "tokens": by, "path": path, "languages": languages}
+        row_keys = {n: d.trees.key for n, d in datasets.items() if isinstance(d.trees, StoredRows)}
+        cacheable = tokens is None or (isinstance(tokens, StoredTokens) and tokens.which is None)
+        if len(row_keys) < len(datasets) or not cacheable:
+            return compute()
+        token_key = tokens.folder.name if isinstance(tokens, StoredTokens) else None
+        depends_on = {"rows": row_keys, "kind": dataset.kind, "tokens": token_key, "path": path, "languages": languages}
 
         def read(folder: Path, meta: Mapping[str, Any]) -> Audit:
             return Audit(**{**meta, "findings": {name: _finding_from_json(f) for name, f in meta["findings"].items()}})
 
-        return self._read_or_write("audit", key_of("audit", depends_on), lambda _: asdict(make()), read) or make()
+        return self._read_or_write("audit", key_of("audit", depends_on), lambda _: asdict(compute()), read) or compute()
 
     def _processes(self, rows: int) -> int:
         if self.workers is None and rows < MANY_ROWS:
@@ -414,15 +418,15 @@ class DataCache:
     ) -> Any:
         """Read the entry, made first if it does not exist; None if it cannot be stored."""
         entry = Entry(kind, key)
-        found = entry.get(read)
-        if found is not None:
+        value = entry.get(read)
+        if value is not None:
             self.note(f"data cache: {kind} read from {entry.folder}")
-            return found
+            return value
         try:
-            kept = entry.put(write)
+            written = entry.put(write)
         except NotStorable:
             return None
-        if not kept:
+        if not written:
             self.note(f"data cache: {cache_folder('data')} cannot be written; continuing without it")
             return None
         self.note(f"data cache: {kind} kept in {entry.folder}")
@@ -453,9 +457,9 @@ class _ShardTask:
 
     def run(self) -> tuple[RowWriter | None, Columns, int, list[Quarantined], bytes]:
         content: list[bytes] = []
-        making = Conversion(self.how, read_shard(self.shard, self.bounds), content.append, sys.maxsize)
-        writer = _write_in_memory(making.trees(self.on_bad_row))
-        return writer, making.columns, making.accepted, making.aside, b"".join(content)
+        conversion = Conversion(self.how, read_shard(self.shard, self.bounds), content.append, sys.maxsize)
+        writer = _write_in_memory(conversion.trees(self.on_bad_row))
+        return writer, conversion.columns, conversion.accepted, conversion.aside, b"".join(content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,8 +471,8 @@ class _SourceTask:
 
     def run(self) -> tuple[RowWriter | None, bytes]:
         trees = self.rows.open() if isinstance(self.rows, RowsPart) else self.rows
-        own = [replace(t, origin=self.origin) for t in trees]
-        return _write_in_memory(own), b"".join(map(content_of, own))
+        with_origin = [replace(t, origin=self.origin) for t in trees]
+        return _write_in_memory(with_origin), b"".join(map(content_of, with_origin))
 
 
 def _write_in_memory(trees: Iterable[PromptTree]) -> RowWriter | None:
@@ -515,15 +519,15 @@ _UNPICKLED: dict[str, Any] = {}
 
 
 def _tokenize_into(
-    rows: Sequence[PromptTree], tokenizer: Any, kind: str, how: Mapping[str, Any], writer: TokenWriter
+    rows: Sequence[PromptTree], tokenizer: Any, kind: str, options: Mapping[str, Any], writer: TokenWriter
 ) -> TokenizedDataset:
     """Tokenize rows into `writer`; return the counts and the rows kept aside, without trees."""
-    making = CausalTokenization(tokenizer, kind, **how)
-    for trees, mark in making.by_row(rows):
+    tokenization = CausalTokenization(tokenizer, kind, **options)
+    for trees, mark in tokenization.by_row(rows):
         for tree in trees:
             writer.write(tree)
         writer.end_row(len(trees), mark)
-    return making.result((), len(rows))
+    return tokenization.result((), len(rows))
 
 
 @dataclass(frozen=True, slots=True)
@@ -531,7 +535,7 @@ class StoredDataset:
     """All tokens of an entry and what happened to each of its rows, from which a split is selected without tokenizing again.
 
     Args:
-        of_row: (rows,) int32: trees of each row; marks: (rows,) uint8: see `Tokenization.by_row`.
+        whole: all tokens; trees_per_row: (rows,) int32; marks: (rows,) uint8: see `Tokenization.by_row`.
     """
 
     whole: TokenizedDataset
@@ -541,43 +545,43 @@ class StoredDataset:
     @staticmethod
     def read(folder: Path, meta: Mapping[str, Any]) -> StoredDataset:
         """Read an entry's folder."""
-        made = read_batch(folder / "made.arrow")
-        trees_per_row, marks = (made.column(name).to_numpy() for name in ("trees", "marks"))
-        aside = tuple(Quarantined(*q) for q in meta["quarantined"])
+        batch = read_batch(folder / "made.arrow")
+        trees_per_row, marks = (batch.column(name).to_numpy() for name in ("trees", "marks"))
+        quarantined = tuple(Quarantined(*q) for q in meta["quarantined"])
         cut = tuple(meta["cut_prompts"]), tuple(meta["cut_completions"])
         split = int(((marks & Mark.SPLIT) > 0).sum())
         counts = int(is_moved(marks).sum()), int(is_split(marks).sum()), int(is_forced(marks).sum())
-        whole = TokenizedDataset(StoredTokens(folder), len(marks), aside, *cut, split, meta["template"], *counts)
+        whole = TokenizedDataset(StoredTokens(folder), len(marks), quarantined, *cut, split, meta["template"], *counts)
         return StoredDataset(whole, trees_per_row, marks)
 
-    def rows(self, which: np.ndarray | None) -> TokenizedDataset:
+    def rows(self, indices: np.ndarray | None) -> TokenizedDataset:
         """The result of `tokenize` for these rows (ascending), or for all."""
-        if which is None:
+        if indices is None:
             return self.whole
         assert isinstance(self.whole.trees, StoredTokens)
         starts = np.cumsum(self.trees_per_row, dtype=np.int64) - self.trees_per_row
 
         # `what` has an item for each row with this mark
-        def items_with_mark(what: tuple[T, ...], mark: int) -> tuple[T, ...]:
-            kept = np.isin(np.flatnonzero(self.marks & mark), which, assume_unique=True)
-            return tuple(itertools.compress(what, kept.tolist()))
+        def items_with_mark(items: tuple[T, ...], mark: int) -> tuple[T, ...]:
+            selected = np.isin(np.flatnonzero(self.marks & mark), indices, assume_unique=True)
+            return tuple(itertools.compress(items, selected.tolist()))
 
         return replace(
             self.whole,
-            trees=self.whole.trees.take(ranges(starts[which], self.trees_per_row[which])),
-            total=len(which),
+            trees=self.whole.trees.take(ranges(starts[indices], self.trees_per_row[indices])),
+            total=len(indices),
             quarantined=items_with_mark(self.whole.quarantined, Mark.ASIDE),
             cut_prompts=items_with_mark(self.whole.cut_prompts, Mark.CUT_PROMPT),
             cut_completions=items_with_mark(self.whole.cut_completions, Mark.CUT_COMPLETION),
-            split_documents=int(((self.marks[which] & Mark.SPLIT) > 0).sum()),
-            moved_prompts=int(is_moved(self.marks[which]).sum()),
-            apart=int(is_split(self.marks[which]).sum()),
-            forced_prompts=int(is_forced(self.marks[which]).sum()),
+            split_documents=int(((self.marks[indices] & Mark.SPLIT) > 0).sum()),
+            moved_prompts=int(is_moved(self.marks[indices]).sum()),
+            apart=int(is_split(self.marks[indices]).sum()),
+            forced_prompts=int(is_forced(self.marks[indices]).sum()),
         )
 
 
-def _quarantine_as_json(aside: Sequence[Quarantined]) -> list[list[Any]]:
-    rows = [[q.where, q.what, q.how, q.raw] for q in aside]
+def _quarantine_as_json(quarantined: Sequence[Quarantined]) -> list[list[Any]]:
+    rows = [[q.where, q.what, q.how, q.raw] for q in quarantined]
     try:
         if json.loads(json.dumps(rows)) != rows:
             raise NotStorable
@@ -586,6 +590,6 @@ def _quarantine_as_json(aside: Sequence[Quarantined]) -> list[list[Any]]:
     return rows
 
 
-def _finding_from_json(stored: Mapping[str, Any]) -> Finding:
-    interval = stored["interval"]
-    return Finding(**{**stored, "where": tuple(stored["where"]), "interval": interval and tuple(interval)})
+def _finding_from_json(record: Mapping[str, Any]) -> Finding:
+    interval = record["interval"]
+    return Finding(**{**record, "where": tuple(record["where"]), "interval": interval and tuple(interval)})

@@ -78,12 +78,12 @@ class Columns:
     languages: Counter[str] = field(default_factory=Counter)
     unused: list[str] = field(default_factory=list)
 
-    def update(self, rows: Iterable[Row | BadRow], most: int = LANGUAGES) -> None:
-        """Count the rows that can be read; `most`: limit on distinct languages."""
+    def update(self, rows: Iterable[Row | BadRow], max_languages: int = LANGUAGES) -> None:
+        """Count the rows that can be read; `max_languages`: limit on distinct languages."""
         for row in rows:
             if isinstance(row, Row):
                 self._order(row.values)
-                self._language(row.values, most)
+                self._language(row.values, max_languages)
 
     def merge(self, other: Columns) -> None:
         """Add the counts of later rows, which must hold all their languages."""
@@ -92,24 +92,24 @@ class Columns:
         add_capped(self.languages, other.languages, LANGUAGES)
 
     def _order(self, row: Mapping[str, Any]) -> None:
-        shown = next(((name, won) for name, needed, won in SIDE_BY_SIDE if needed <= row.keys()), None)
-        if shown is not None:
-            name, first_won = shown
+        match = next(((name, first_won) for name, needed, first_won in SIDE_BY_SIDE if needed <= row.keys()), None)
+        if match is not None:
+            name, first_won = match
             won = first_won(row)
             self.layouts[name] += 1
             self.decided += won is not None
             self.first += won is True
 
-    def _language(self, row: Mapping[str, Any], most: int) -> None:
+    def _language(self, row: Mapping[str, Any], max_languages: int) -> None:
         value = next((v for v in (row.get("language"), row.get("lang")) if isinstance(v, str) and v), None)
         if value is not None:
-            add_capped(self.languages, {value[:40]: 1}, most)
+            add_capped(self.languages, {value[:40]: 1}, max_languages)
 
 
-def add_capped(counts: Counter[str], more: Mapping[str, int], most: int) -> None:
-    """Add to counts, with at most `most` names."""
-    for name, count in more.items():
-        if name in counts or len(counts) < most:
+def add_capped(counts: Counter[str], new_counts: Mapping[str, int], max_names: int) -> None:
+    """Add to counts, with at most `max_names` names."""
+    for name, count in new_counts.items():
+        if name in counts or len(counts) < max_names:
             counts[name] += count
 
 
@@ -140,9 +140,9 @@ def rename_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> Map
     """A row with the user's columns under our names (``{our field: your column}``), and with messages in text cells parsed."""
     if not columns:
         return parse_messages(values)
-    taken = set(columns.values())
-    kept = {k: v for k, v in values.items() if k not in taken and k not in columns}
-    return parse_messages(kept | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values})
+    mapped = set(columns.values())
+    rest = {k: v for k, v in values.items() if k not in mapped and k not in columns}
+    return parse_messages(rest | {ours: values[theirs] for ours, theirs in columns.items() if theirs in values})
 
 
 def convert_rows(
@@ -168,11 +168,11 @@ def convert_rows(
         if isinstance(group, Converted):
             yield group
             continue
-        made = _convert(group, layout, options, columns, identical, weight, pictures)
-        if keep_columns and made.trees:
+        converted = _convert(group, layout, options, columns, identical, weight, pictures)
+        if keep_columns and converted.trees:
             further = further_columns(group[0].values, columns)
-            made = replace(made, trees=tuple(replace(t, columns=further) for t in made.trees))
-        yield made
+            converted = replace(converted, trees=tuple(replace(t, columns=further) for t in converted.trees))
+        yield converted
 
 
 TREE_COLUMNS = frozenset(["prompt", "completion", "messages", "conversations"])
@@ -180,9 +180,9 @@ TREE_COLUMNS = frozenset(["prompt", "completion", "messages", "conversations"])
 
 def further_columns(values: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """A row's columns under the user's names and, if mapped, under ours, without its prompt and its completion."""
-    asked = columns.get("prompt")
-    both = {**values, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
-    return {str(n): v for n, v in both.items() if n not in TREE_COLUMNS and n != asked}
+    prompt_column = columns.get("prompt")
+    all_columns = {**values, **{ours: values[theirs] for ours, theirs in columns.items() if theirs in values}}
+    return {str(n): v for n, v in all_columns.items() if n not in TREE_COLUMNS and n != prompt_column}
 
 
 def _as_group(row: Row | BadRow) -> list[Row] | Converted:
@@ -214,13 +214,13 @@ def _convert(
         if identical != "keep" and any(map(is_identical, trees)):
             raise RowError(IDENTICAL, "drop it or set data.identical=keep")
         if weight:
-            counts = weight_of(rows[0].values, weight)
-            trees = tuple(replace(t, weight=counts) for t in trees)
+            row_weight = weight_of(rows[0].values, weight)
+            trees = tuple(replace(t, weight=row_weight) for t in trees)
     except RowError as error:
         return Converted(len(rows), (), _quarantine(rows, error), isinstance(error, LeftOut), source)
     several = len(trees) > 1
-    named = (replace(t, source=rows[0].where + f"#{i}" * several) for i, t in enumerate(trees, 1))
-    return Converted(len(rows), tuple(named), source=source)
+    with_source = (replace(t, source=rows[0].where + f"#{i}" * several) for i, t in enumerate(trees, 1))
+    return Converted(len(rows), tuple(with_source), source=source)
 
 
 def weight_of(row: Mapping[str, Any], column: str) -> float:
@@ -232,12 +232,12 @@ def weight_of(row: Mapping[str, Any], column: str) -> float:
     if row.get(column) is None:
         what = f'"{column}", the weight that data.weight names, is missing'
         raise RowError(what, "give a number, 1 for a row like others")
-    found = finite(row[column])
-    if found is None or found < 0:
+    weight = finite(row[column])
+    if weight is None or weight < 0:
         raise RowError(f'the weight "{column}" is {str(row[column])[:40]!r}', "make it a number, 0 or above")
-    if found == 0:
+    if weight == 0:
         raise LeftOut(f'"{column}" is 0: the row counts for nothing', NOTHING_WRONG)
-    return found
+    return weight
 
 
 def _check_text(tree: PromptTree) -> None:
@@ -282,7 +282,7 @@ def _group_rows(
     No published file guarantees that the rows of a group are adjacent, so all are written to a temporary file first. Only the
     offsets of each group's rows are held in memory, eight bytes a row.
     """
-    places: dict[str, array[int]] = {}
+    offsets: dict[str, array[int]] = {}
     with tempfile.TemporaryFile() as spill:
         for row in rows:
             if isinstance(row, BadRow):
@@ -293,15 +293,15 @@ def _group_rows(
             except RowError as error:
                 yield Converted(1, aside=_quarantine([row], error), source=(row,))
                 continue
-            places.setdefault(key, array("q")).append(spill.tell())
-            marked = [name for name, value in row.values.items() if isinstance(value, Missing)]
-            spill.write(json.dumps([row.where, row.values, marked], default=str).encode() + b"\n")
-        for at in places.values():
+            offsets.setdefault(key, array("q")).append(spill.tell())
+            missing = [name for name, value in row.values.items() if isinstance(value, Missing)]
+            spill.write(json.dumps([row.where, row.values, missing], default=str).encode() + b"\n")
+        for group_offsets in offsets.values():
             group_rows = []
-            for place in at:
-                spill.seek(place)
-                where, values, marked = json.loads(spill.readline())
-                group_rows.append(Row(where, values | {name: Missing(values[name]) for name in marked}))
+            for offset in group_offsets:
+                spill.seek(offset)
+                where, values, missing = json.loads(spill.readline())
+                group_rows.append(Row(where, values | {name: Missing(values[name]) for name in missing}))
             yield group_rows
 
 
@@ -357,12 +357,12 @@ class Dataset:
 def concatenate_datasets(
     parts: Sequence[Dataset],
     names: Sequence[str],
-    keep: Callable[[Iterable[PromptTree]], tuple[Sequence[PromptTree], str] | None] = lambda trees: None,
+    store: Callable[[Iterable[PromptTree]], tuple[Sequence[PromptTree], str] | None] = lambda trees: None,
 ) -> Dataset:
     """Several data sets as one; each tree's `origin` is the index of its own.
 
     Args:
-        keep: stores all trees outside memory and returns them and their fingerprint; by default, and if it returns None, they are
+        store: stores all trees outside memory and returns them and their fingerprint; by default, and if it returns None, they are
             kept in memory.
 
     Raises:
@@ -370,18 +370,18 @@ def concatenate_datasets(
     """
     kinds = [d.kind for d in parts]
     if len(set(kinds)) > 1:
-        found = ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
+        listing = ", ".join(f"{name}: {kind}" for name, kind in zip(names, kinds, strict=True))
         how = "give rows of one kind (see `penchant data show FILE`), or train on them one after the other"
-        raise DataError("data", f"rows of different kinds cannot be mixed ({found})", how)
+        raise DataError("data", f"rows of different kinds cannot be mixed ({listing})", how)
 
-    def mixed() -> Iterator[PromptTree]:
+    def all_trees() -> Iterator[PromptTree]:
         return (replace(t, origin=i) for i, d in enumerate(parts) for t in d.trees)
 
-    kept = keep(mixed())
-    if kept is None:
-        in_memory = tuple(mixed())
-        kept = in_memory, fingerprint(in_memory)
-    trees, content = kept
+    stored = store(all_trees())
+    if stored is None:
+        in_memory = tuple(all_trees())
+        stored = in_memory, fingerprint(in_memory)
+    trees, content = stored
     aside = tuple(q for d in parts for q in d.quarantined)
     shape = ", ".join(dict.fromkeys(d.shape for d in parts))
     counts = sum(d.total for d in parts), aside, content, sum(d.accepted for d in parts)
@@ -448,16 +448,16 @@ def _folder_of(paths: Sequence[str]) -> str:
     Raises:
         ConfigError: they are in several folders.
     """
-    found = set()
+    folders = set()
     for path in paths:
-        given = Path(path).expanduser()
-        bare = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), given.parts)
-        named = Path(*bare)
-        found.add((named if named.is_dir() else named.parent).absolute())
-    if len(found) > 1:
+        expanded = Path(path).expanduser()
+        fixed_parts = itertools.takewhile(lambda part: not re.search(r"[*?\[]", part), expanded.parts)
+        folder = Path(*fixed_parts)
+        folders.add((folder if folder.is_dir() else folder.parent).absolute())
+    if len(folders) > 1:
         what = "the data files stand in several folders"
         raise ConfigError("data.image_dir", what, "name the one that holds the pictures")
-    return str(found.pop())
+    return str(folders.pop())
 
 
 @dataclass(frozen=True, slots=True)
@@ -474,29 +474,29 @@ class ConversionSettings:
 
     def convert(self, rows: Iterable[Row | BadRow]) -> Iterator[Converted]:
         """Convert every row."""
-        more = self.options, self.columns, self.identical, self.keep_columns, self.weight, self.pictures
-        return convert_rows(rows, layout_named(self.shape), *more)
+        settings = self.options, self.columns, self.identical, self.keep_columns, self.weight, self.pictures
+        return convert_rows(rows, layout_named(self.shape), *settings)
 
 
 class Conversion:
     """Converts rows (or groups of rows) as they are read, and collects counts and the rows kept aside.
 
     Args:
-        content: called with each tree's content, in order; most: limit on distinct languages.
+        content: called with each tree's content, in order; max_languages: limit on distinct languages.
     """
 
     def __init__(
         self,
-        how: ConversionSettings,
+        settings: ConversionSettings,
         rows: Iterable[Row | BadRow],
         content: Callable[[bytes], object],
-        most: int = LANGUAGES,
+        max_languages: int = LANGUAGES,
     ) -> None:
-        self.how = how
+        self.how = settings
         self.columns = Columns()
         self.accepted = 0
         self.aside: list[Quarantined] = []
-        self._converted, self._content, self._most = how.convert(rows), content, most
+        self._converted, self._content, self._max_languages = settings.convert(rows), content, max_languages
 
     def __iter__(self) -> Iterator[Converted]:
         return self._converted
@@ -507,22 +507,22 @@ class Conversion:
         Raises:
             DataError: a bad row, if `on_bad_row` is ``error``.
         """
-        for made in self:
-            self.columns.update(made.source, self._most)
-            if made.aside and on_bad_row == "error" and not made.left_out:
-                bad = made.aside[0]
+        for converted in self:
+            self.columns.update(converted.source, self._max_languages)
+            if converted.aside and on_bad_row == "error" and not converted.left_out:
+                bad = converted.aside[0]
                 raise DataError(bad.where, bad.what, bad.how + " (or set data.on_bad_row=skip to keep such rows aside)")
-            self.accepted += made.rows if made.trees else 0
-            self.aside += made.aside
-            for tree in made.trees:
+            self.accepted += converted.rows if converted.trees else 0
+            self.aside += converted.aside
+            for tree in converted.trees:
                 self._content(content_of(tree))
                 yield tree
 
-    def merge(self, columns: Columns, accepted: int, aside: Sequence[Quarantined], content: bytes) -> None:
+    def merge(self, columns: Columns, accepted: int, quarantined: Sequence[Quarantined], content: bytes) -> None:
         """Add the counts and rows kept aside of another conversion, of the rows after these."""
         self.columns.merge(columns)
         self.accepted += accepted
-        self.aside += aside
+        self.aside += quarantined
         self._content(content)
 
 
@@ -561,19 +561,21 @@ class Stream(Conversion):
         stream: Iterator[Row | BadRow] = itertools.islice(rows, limit)
         self.name = name
         self.detection: Detection | None = None
-        named = shape != "auto"
-        if named:
+        explicit = shape != "auto"
+        if explicit:
             layout_named(shape)  # raise for an unknown name before a file is read
-        first = list(itertools.islice(stream, FIRST_ROWS))
-        self._absent = _check_columns(first, name, columns or {}, limit is None)
-        if not named:
-            shape, self.detection, columns = detect_layout(first, name, columns or {}, layout_options or {}, rollouts)
+        first_rows = list(itertools.islice(stream, FIRST_ROWS))
+        self._absent = _check_columns(first_rows, name, columns or {}, limit is None)
+        if not explicit:
+            shape, self.detection, columns = detect_layout(
+                first_rows, name, columns or {}, layout_options or {}, rollouts
+            )
         if self._absent and limit is None:
             stream = self._check_absent_columns(stream)
-        stream = itertools.chain(first, stream)
+        stream = itertools.chain(first_rows, stream)
         layout = layout_named(shape)
         options = layout.settings(layout_options or {})
-        values = [rename_columns(r.values, columns or {}) for r in first if isinstance(r, Row)]
+        values = [rename_columns(r.values, columns or {}) for r in first_rows if isinstance(r, Row)]
         values = values if pictures is None else list(map(pictures.text, values))
         unused = (
             []
@@ -581,24 +583,24 @@ class Stream(Conversion):
             else [c for c in layout.unused(values, options) if c not in COUNTED_COLUMNS and c != weight]
         )
         self.shape, self.kind, self.grouped = shape, layout.kind_of(options), layout.group is not None
-        if not named:
+        if not explicit:
             self._reject_typos(values, unused)
         self._digest = hashlib.sha256()
-        made = ConversionSettings(shape, options, columns or {}, identical, keep_columns, weight, pictures)
-        super().__init__(made, stream, self._digest.update)
+        settings = ConversionSettings(shape, options, columns or {}, identical, keep_columns, weight, pictures)
+        super().__init__(settings, stream, self._digest.update)
         self.columns.unused = unused
         self.splittable = limit is None and not self.grouped and not self._absent  # whether rows are independent
 
     def _check_absent_columns(self, rows: Iterator[Row | BadRow]) -> Iterator[Row | BadRow]:
         """Pass the rows through; raise at the end if data.columns names a column that none of them has."""
-        there: set[str] = set()
+        present: set[str] = set()
         for row in rows:
             if self._absent and isinstance(row, Row):
-                there.update(map(str, row.values))
-                self._absent = {ours: theirs for ours, theirs in self._absent.items() if theirs not in there}
+                present.update(map(str, row.values))
+                self._absent = {ours: theirs for ours, theirs in self._absent.items() if theirs not in present}
             yield row
         for ours, theirs in self._absent.items():
-            raise _missing_column_error(self.name, ours, theirs, there)
+            raise _missing_column_error(self.name, ours, theirs, present)
 
     def _reject_typos(self, rows: Sequence[Mapping[str, Any]], unused: Sequence[str]) -> None:
         """Raise DataError if an unused column is a typo away from the name of one that would be read."""
@@ -636,36 +638,36 @@ class Stream(Conversion):
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
 
 
-def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], whole: bool) -> dict[str, str]:
+def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[str, str], eof: bool) -> dict[str, str]:
     """The mapped columns that none of the first rows has; later rows may have them.
 
     Args:
-        whole: whether the file is read to its end.
+        eof: whether the file is read to its end.
 
     Raises:
         DataError: either side of the mapping has a typo, or there are no later rows.
     """
-    there = {str(c) for r in first if isinstance(r, Row) for c in r.values}
+    present = {str(c) for r in first if isinstance(r, Row) for c in r.values}
     for ours, theirs in columns.items():
-        if near := likely_typo_of(ours):
+        if suggestion := likely_typo_of(ours):
             what = f'data.columns maps "{printable(ours)}" to {printable(theirs)}, and there is no such field'
-            raise DataError(name, what, f'did you mean "{near}"?')
-    absent = {ours: theirs for ours, theirs in columns.items() if there and theirs not in there}
+            raise DataError(name, what, f'did you mean "{suggestion}"?')
+    absent = {ours: theirs for ours, theirs in columns.items() if present and theirs not in present}
     for ours, theirs in absent.items():
-        if (whole and len(first) < FIRST_ROWS) or closest(theirs, there, 0.8):
-            raise _missing_column_error(name, ours, theirs, there)
+        if (eof and len(first) < FIRST_ROWS) or closest(theirs, present, 0.8):
+            raise _missing_column_error(name, ours, theirs, present)
     return absent
 
 
-def _missing_column_error(name: str, ours: str, theirs: str, there: Iterable[str]) -> DataError:
-    what = f'data.columns maps {printable(ours)} to "{printable(theirs)}", and there is no such column'
-    near = closest(theirs, there)
-    how = f'did you mean "{printable(near)}"? ' if near else ""
-    return DataError(name, what, f"{how}there are {', '.join(map(printable, sorted(there)))}")
+def _missing_column_error(name: str, field_name: str, column: str, available: Iterable[str]) -> DataError:
+    what = f'data.columns maps {printable(field_name)} to "{printable(column)}", and there is no such column'
+    suggestion = closest(column, available)
+    how = f'did you mean "{printable(suggestion)}"? ' if suggestion else ""
+    return DataError(name, what, f"{how}there are {', '.join(map(printable, sorted(available)))}")
 
 
-def _mapping_advice(ours: str, theirs: str) -> str:
-    return f"map it with --column {ours}={theirs} (in a config data.columns={{{ours}: {theirs}}})"
+def _mapping_advice(field_name: str, column: str) -> str:
+    return f"map it with --column {field_name}={column} (in a config data.columns={{{field_name}: {column}}})"
 
 
 def detect_layout(
@@ -684,59 +686,65 @@ def detect_layout(
         DataError: they have no known layout.
     """
     rows = [rename_columns(r.values, columns) for r in first if isinstance(r, Row)]
-    found = detect(rows)
-    if rollouts and found.layout is None and rows:
-        taken = {ours: theirs for ours, theirs in alternative_columns(rows).items() if ours == "prompt"}
-        if all("prompt" in rename_columns(row, taken) for row in rows):
-            read = f'"{taken["prompt"]}" is read as prompt' if taken else "column prompt"
-            return "prompts", Detection("prompts", f"{read}; the others are for rewards"), {**columns, **taken}
-    taken = (
-        alternative_columns(rows) if not found.how and (not found.layout or LAYOUTS[found.layout].kind == "sft") else {}
+    detection = detect(rows)
+    if rollouts and detection.layout is None and rows:
+        mapping = {ours: theirs for ours, theirs in alternative_columns(rows).items() if ours == "prompt"}
+        if all("prompt" in rename_columns(row, mapping) for row in rows):
+            prompt_note = f'"{mapping["prompt"]}" is read as prompt' if mapping else "column prompt"
+            return "prompts", Detection("prompts", f"{prompt_note}; the others are for rewards"), {**columns, **mapping}
+    mapping = (
+        alternative_columns(rows)
+        if not detection.how and (not detection.layout or LAYOUTS[detection.layout].kind == "sft")
+        else {}
     )
-    if found.layout:  # only a label makes it another layout
-        taken = {ours: theirs for ours, theirs in taken.items() if ours == "label" and not options}
-    other = detect(rename_columns(row, taken) for row in rows) if taken else found
-    if taken and other.layout and LAYOUTS[other.layout].kind in ("sft", "unpaired", "scored"):
-        said = ", ".join(f'"{theirs}" is read as {ours}' for ours, theirs in taken.items())
-        return other.layout, replace(other, why=f"{other.why}; {said}"), {**columns, **taken}
-    if found.layout is not None:
-        return found.layout, found, columns
+    if detection.layout:  # only a label makes it another layout
+        mapping = {ours: theirs for ours, theirs in mapping.items() if ours == "label" and not options}
+    remapped = detect(rename_columns(row, mapping) for row in rows) if mapping else detection
+    if mapping and remapped.layout and LAYOUTS[remapped.layout].kind in ("sft", "unpaired", "scored"):
+        mapping_note = ", ".join(f'"{theirs}" is read as {ours}' for ours, theirs in mapping.items())
+        return remapped.layout, replace(remapped, why=f"{remapped.why}; {mapping_note}"), {**columns, **mapping}
+    if detection.layout is not None:
+        return detection.layout, detection, columns
     bad = next((row for row in first if isinstance(row, BadRow)), None)
     if bad is not None:
         raise DataError(bad.where, bad.what, bad.how)
-    if found.how:
-        raise DataError(name, found.why, found.how)
-    there = sorted({printable(str(c)) for r in first if isinstance(r, Row) for c in r.values})
-    slips = [(theirs, ours) for theirs in there if (ours := likely_typo_of(theirs)) and ours not in there]
-    if slips:
-        theirs, ours = slips[0]
-        what = f'the columns ({", ".join(there)}) fit no known layout; is "{theirs}" your "{ours}"?'
+    if detection.how:
+        raise DataError(name, detection.why, detection.how)
+    column_names = sorted({printable(str(c)) for r in first if isinstance(r, Row) for c in r.values})
+    typos = [(theirs, ours) for theirs in column_names if (ours := likely_typo_of(theirs)) and ours not in column_names]
+    if typos:
+        theirs, ours = typos[0]
+        what = f'the columns ({", ".join(column_names)}) fit no known layout; is "{theirs}" your "{ours}"?'
         raise DataError(name, what, f"{_mapping_advice(ours, theirs)}, or name the layout with data.shape")
     if _looks_like_a_row(name, [r for r in first if isinstance(r, Row)]):
         raise DataError(
             name,
-            f"its first line is read as the names of its columns ({', '.join(there)}), and they look like a row",
+            f"its first line is read as the names of its columns ({', '.join(column_names)}), and they look like a row",
             "put a line with names in front, such as prompt,chosen,rejected or prompt,completion with this file's delimiter",
         )
     how = f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)"
-    raise DataError(name, f"the columns ({', '.join(there) or 'none'}) fit no known layout", how)
+    raise DataError(name, f"the columns ({', '.join(column_names) or 'none'}) fit no known layout", how)
 
 
 def _text_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns that hold texts in every row, in the file's order."""
-    some = [row for row in rows if row]
-    return [c for c in (some[0] if some else {}) if all(isinstance(r.get(c), str) and r[c].strip() for r in some)]
+    nonempty = [row for row in rows if row]
+    return [
+        c
+        for c in (nonempty[0] if nonempty else {})
+        if all(isinstance(r.get(c), str) and r[c].strip() for r in nonempty)
+    ]
 
 
 def _example_of(rows: Sequence[Mapping[str, Any]]) -> str:
     """An example of mapping columns, with this file's names if it has enough text columns; they may mean something else."""
-    texts = [printable(c)[:60] for c in _text_columns(rows)]
-    ours = ("prompt", "chosen", "rejected") if len(texts) > 2 else ("prompt", "completion")
-    theirs = texts if len(texts) > 1 else ["question", "good", "bad"]
-    ours = ours if len(texts) > 1 else ("prompt", "chosen", "rejected")
-    mapped = dict(zip(ours, theirs, strict=False))
-    options = " ".join(f"--column {k}={shlex.quote(v)}" for k, v in mapped.items())
-    return f"map your columns, e.g. {options} (in a config, data.columns={{{', '.join(f'{k}: {v}' for k, v in mapped.items())}}})"
+    names = [printable(c)[:60] for c in _text_columns(rows)]
+    ours = ("prompt", "chosen", "rejected") if len(names) > 2 else ("prompt", "completion")
+    theirs = names if len(names) > 1 else ["question", "good", "bad"]
+    ours = ours if len(names) > 1 else ("prompt", "chosen", "rejected")
+    mapping = dict(zip(ours, theirs, strict=False))
+    options = " ".join(f"--column {k}={shlex.quote(v)}" for k, v in mapping.items())
+    return f"map your columns, e.g. {options} (in a config, data.columns={{{', '.join(f'{k}: {v}' for k, v in mapping.items())}}})"
 
 
 LONG_NAME = 30  # characters: a column's name is a word or a few
@@ -768,13 +776,13 @@ def content_of(tree: PromptTree) -> bytes:
 def plain_content(tree: PromptTree) -> list[Any]:
     """A tree's prompt and completions as lists, for JSON."""
 
-    def turn(m: Message, fields: int = 3) -> list[Any]:
+    def turn(m: Message, min_fields: int = 3) -> list[Any]:
         return _without_trailing_empty(
-            [m.role, m.content, m.trained, m.reasoning, m.tool_calls, m.tool_call_id, m.name], fields
+            [m.role, m.content, m.trained, m.reasoning, m.tool_calls, m.tool_call_id, m.name], min_fields
         )
 
-    asked = tree.prompt
-    prompt = asked if isinstance(asked, str) else [turn(m, 2) for m in asked]
+    raw_prompt = tree.prompt
+    prompt = raw_prompt if isinstance(raw_prompt, str) else [turn(m, 2) for m in raw_prompt]
     answers = [
         _without_trailing_empty([c.text, c.label, c.score, list(map(turn, c.more)), c.reasoning, c.tool_calls], 3)
         for c in tree.completions
@@ -782,10 +790,12 @@ def plain_content(tree: PromptTree) -> list[Any]:
     return [prompt, answers]
 
 
-def _without_trailing_empty(values: list[Any], least: int) -> list[Any]:
-    """The values without trailing empty ones, but at least the first `least`."""
-    end = next((i for i in range(len(values), least, -1) if values[i - 1]), least)
-    return values[: end + (end == least + 1 == 4)]  # fingerprints: a fourth value has always been written with a fifth
+def _without_trailing_empty(values: list[Any], min_length: int) -> list[Any]:
+    """The values without trailing empty ones, but at least the first `min_length`."""
+    end = next((i for i in range(len(values), min_length, -1) if values[i - 1]), min_length)
+    return values[
+        : end + (end == min_length + 1 == 4)
+    ]  # fingerprints: a fourth value has always been written with a fifth
 
 
 def prompt_json(prompt: Prompt) -> str | list[dict[str, Any]]:
@@ -795,17 +805,17 @@ def prompt_json(prompt: Prompt) -> str | list[dict[str, Any]]:
 
 def message_json(message: Message) -> dict[str, Any]:
     """A turn in the format of chat APIs and chat templates."""
-    more: dict[str, Any] = {"reasoning_content": message.reasoning} if message.reasoning else {}
+    extra: dict[str, Any] = {"reasoning_content": message.reasoning} if message.reasoning else {}
     if message.tool_calls:
-        more["tool_calls"] = json.loads(message.tool_calls)
-    more |= {n: v for n in ("tool_call_id", "name") if (v := getattr(message, n))}
-    return {"role": message.role, "content": message.content, **more}
+        extra["tool_calls"] = json.loads(message.tool_calls)
+    extra |= {n: v for n in ("tool_call_id", "name") if (v := getattr(message, n))}
+    return {"role": message.role, "content": message.content, **extra}
 
 
 def template_variables(tree: PromptTree) -> dict[str, Any]:
     """The variables that a tree's row passes to the chat template besides its turns."""
-    own: dict[str, Any] = json.loads(tree.template_options) if tree.template_options else {}
-    return {**own, **({"tools": json.loads(tree.tools)} if tree.tools else {})}
+    options: dict[str, Any] = json.loads(tree.template_options) if tree.template_options else {}
+    return {**options, **({"tools": json.loads(tree.tools)} if tree.tools else {})}
 
 
 def answer_turn(completion: Completion) -> Message:
@@ -834,11 +844,11 @@ def summary(dataset: Dataset) -> str:
     return summary_of(dataset.shape, dataset.accepted, reasons, len(dataset.quarantined), len(dataset.trees))
 
 
-def summary_of(shape: str, accepted: int, reasons: Counter[str], aside: int, examples: int) -> str:
+def summary_of(shape: str, accepted: int, reasons: Counter[str], quarantined: int, examples: int) -> str:
     """`summary` from counts."""
-    shown = f" ({_reason_counts(reasons)})" if reasons else ""
-    more = f", {counted(examples, 'example')}" if examples != accepted else ""
-    return f"{counted(accepted + aside, 'row')} ({shape}) = {accepted:,} accepted + {aside:,} kept aside{shown}{more}"
+    reason_note = f" ({_reason_counts(reasons)})" if reasons else ""
+    example_note = f", {counted(examples, 'example')}" if examples != accepted else ""
+    return f"{counted(accepted + quarantined, 'row')} ({shape}) = {accepted:,} accepted + {quarantined:,} kept aside{reason_note}{example_note}"
 
 
 def _reason_counts(reasons: Counter[str]) -> str:
@@ -853,8 +863,8 @@ def reasons_of(dataset: Dataset) -> str:
 def unused_of(rows: Dataset | Stream) -> str:
     """The unused columns, for a sentence; empty if there are none or they are unknown."""
     names = [printable(str(c)) for c in rows.columns.unused] if rows.columns else []
-    more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
-    return ", ".join(names[:MAX_NAMED]) + more
+    rest = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + rest
 
 
 def layout_line(
@@ -863,10 +873,10 @@ def layout_line(
     """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
     name = ", ".join(map(shown_path, [path] if isinstance(path, str) else path))
     unused = unused_of(rows)
-    end = f"; not used: {unused}" if unused else ""
+    suffix = f"; not used: {unused}" if unused else ""
     if rows.detection is None:
-        return f"{name}: layout {rows.shape}, as {option} says{end}"
-    return rows.detection.sentence(name, override) + end
+        return f"{name}: layout {rows.shape}, as {option} says{suffix}"
+    return rows.detection.sentence(name, override) + suffix
 
 
 def shown_path(path: str) -> str:

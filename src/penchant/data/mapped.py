@@ -46,31 +46,31 @@ class StoredRows(Sequence[PromptTree]):
     def __len__(self) -> int:
         return len(self._good) if self.which is None else len(self.which)
 
-    def take(self, which: np.ndarray, key: str) -> StoredRows:
+    def take(self, indices: np.ndarray, key: str) -> StoredRows:
         """Some of the rows, by index in the whole file."""
-        return StoredRows(self.folder, key, which, self.whole)
+        return StoredRows(self.folder, key, indices, self.whole)
 
     def all_rows(self) -> StoredRows:
         """Every row of the folder."""
         return StoredRows(self.folder, self.whole)
 
     @overload
-    def __getitem__(self, at: int) -> PromptTree: ...
+    def __getitem__(self, index: int) -> PromptTree: ...
     @overload
-    def __getitem__(self, at: slice) -> tuple[PromptTree, ...]: ...
-    def __getitem__(self, at: int | slice) -> PromptTree | tuple[PromptTree, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        row = range(len(self))[at] if self.which is None else int(self.which[at])
+    def __getitem__(self, index: slice) -> tuple[PromptTree, ...]: ...
+    def __getitem__(self, index: int | slice) -> PromptTree | tuple[PromptTree, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        row = range(len(self))[index] if self.which is None else int(self.which[index])
         values: list[Any] = json.loads(self._trees[row].as_py())
         prompt, completions, source, *further = values
-        shown = prompt if isinstance(prompt, str) else tuple(Message(*m) for m in prompt)
-        made = tuple(
+        parsed_prompt = prompt if isinstance(prompt, str) else tuple(Message(*m) for m in prompt)
+        parsed_completions = tuple(
             Completion(text, label, score, tuple(Message(*m) for turns in more[:1] for m in turns), *more[1:])
             for text, label, score, *more in completions
         )
         columns, tools, options, weight, origin = (*further, *FURTHER[len(further) :])
-        return PromptTree(shown, made, source, columns, origin, tools, options, weight)
+        return PromptTree(parsed_prompt, parsed_completions, source, columns, origin, tools, options, weight)
 
     def __iter__(self) -> Iterator[PromptTree]:
         return (self[i] for i in range(len(self)))
@@ -90,8 +90,8 @@ class RowsPart:
 
     def open(self) -> StoredRows:
         """The rows themselves."""
-        at = np.arange(self.start, self.end) if self.which is None else self.which
-        return StoredRows(self.folder, "", at)
+        indices = np.arange(self.start, self.end) if self.which is None else self.which
+        return StoredRows(self.folder, "", indices)
 
 
 def parts_of(rows: StoredRows, size: int | None = None) -> Iterator[RowsPart]:
@@ -125,8 +125,8 @@ class RowWriter:
         """
         for tree in trees:
             further = [tree.columns, tree.tools, tree.template_options, tree.weight, tree.origin]
-            told = next((i for i in range(5, 0, -1) if further[i - 1] != FURTHER[i - 1]), 0)
-            row = [*plain_content(tree), tree.source, *further[:told]]
+            needed = next((i for i in range(5, 0, -1) if further[i - 1] != FURTHER[i - 1]), 0)
+            row = [*plain_content(tree), tree.source, *further[:needed]]
             self._ends.append(self._ends[-1] + self._spill.write(json.dumps(row, separators=(",", ":")).encode()))
             self._good.append(sum(c.label is True for c in tree.completions))
             self._bad.append(sum(c.label is False for c in tree.completions))
@@ -156,9 +156,11 @@ class StoredTokens(Sequence[TokenTree]):
         self.folder = folder
         self.first = 0  # number of the first row
         self.which: np.ndarray | None = None  # (n,) int64: indices of the trees; None: all
-        self._few = False  # whether each tree has only its first completion
+        self._first_only = False  # whether each tree has only its first completion
         batch = read_batch(folder / "tokens.arrow")
-        self._each = {name: batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")}
+        self._per_completion = {
+            name: batch.column(name).values.to_numpy() for name in ("truncated", "labels", "scores")
+        }
         self._sources = batch.column("source")
         parts = batch.column("parts")  # of each tree: the ids of its prompt and of its completions
         self._part_start, self._id_start = parts.offsets.to_numpy(), parts.values.offsets.to_numpy()
@@ -172,24 +174,24 @@ class StoredTokens(Sequence[TokenTree]):
         return len(self._part_start) - 1 if self.which is None else len(self.which)
 
     @overload
-    def __getitem__(self, at: int) -> TokenTree: ...
+    def __getitem__(self, index: int) -> TokenTree: ...
     @overload
-    def __getitem__(self, at: slice) -> tuple[TokenTree, ...]: ...
-    def __getitem__(self, at: int | slice) -> TokenTree | tuple[TokenTree, ...]:
-        if isinstance(at, slice):
-            return tuple(self[i] for i in range(*at.indices(len(self))))
-        number = range(len(self))[at]
+    def __getitem__(self, index: slice) -> tuple[TokenTree, ...]: ...
+    def __getitem__(self, index: int | slice) -> TokenTree | tuple[TokenTree, ...]:
+        if isinstance(index, slice):
+            return tuple(self[i] for i in range(*index.indices(len(self))))
+        number = range(len(self))[index]
         row = number if self.which is None else int(self.which[number])
         start, end = int(self._part_start[row]), int(self._part_start[row + 1])
-        end = min(end, start + 2) if self._few else end
+        end = min(end, start + 2) if self._first_only else end
         before = start - row  # completions of the trees before it, each of which has one prompt
         bounds = self._id_start[start : end + 1].tolist()
         prompt, *completions = (np.asarray(self._ids[a:b]) for a, b in itertools.pairwise(bounds))
         masks: Iterable[np.ndarray] = (
             () if self._masks is None else (self._masks[a:b] for a, b in itertools.pairwise(bounds[1:]))
         )
-        own = slice(before, before + end - start - 1)
-        truncated, labels, scores = (values[own].tolist() for values in self._each.values())
+        completion_slice = slice(before, before + end - start - 1)
+        truncated, labels, scores = (values[completion_slice].tolist() for values in self._per_completion.values())
         return TokenTree(
             self.first + number,
             prompt,
@@ -207,8 +209,8 @@ class StoredTokens(Sequence[TokenTree]):
         """(trees,) float64: ``weight`` or ``origin`` of each tree."""
         if name not in self._extras:
             return np.full(len(self), EXTRAS[name])
-        found: np.ndarray = self._extras[name][self._rows(0, None)]
-        return found
+        values: np.ndarray = self._extras[name][self._rows(0, None)]
+        return values
 
     @property
     def masked(self) -> bool:
@@ -222,24 +224,24 @@ class StoredTokens(Sequence[TokenTree]):
         """The same trees with other row numbers."""
         return self._view(first=first)
 
-    def take(self, which: np.ndarray) -> StoredTokens:
+    def take(self, indices: np.ndarray) -> StoredTokens:
         """Some of the trees, by index among these."""
-        return self._view(which=which if self.which is None else self.which[which])
+        return self._view(which=indices if self.which is None else self.which[indices])
 
     def first_completions(self) -> StoredTokens:
         """The same trees with the first completion only."""
-        return self._view(_few=True)
+        return self._view(_first_only=True)
 
     def _view(self, **changed: Any) -> StoredTokens:
-        other = copy.copy(self)
-        vars(other).update(changed)
-        return other
+        view = copy.copy(self)
+        vars(view).update(changed)
+        return view
 
     def part_counts(self, start: int = 0, end: int | None = None) -> np.ndarray:
         """(n,) int64: parts of each tree from `start` to `end`, its prompt and its completions."""
-        at = self._rows(start, end)
-        counts = self._part_start[at + 1] - self._part_start[at]
-        return np.minimum(counts, 2) if self._few else counts
+        rows = self._rows(start, end)
+        counts = self._part_start[rows + 1] - self._part_start[rows]
+        return np.minimum(counts, 2) if self._first_only else counts
 
     def part_lengths(self, start: int = 0, end: int | None = None) -> np.ndarray:
         """(parts,) int64: tokens of each part of the trees from `start` to `end`, tree after tree."""
@@ -261,7 +263,9 @@ class StoredTokens(Sequence[TokenTree]):
     @property
     def total(self) -> int:
         """Tokens of all trees, prompts counted once."""
-        return int(self._id_start[-1]) if self.which is None and not self._few else int(self.part_lengths().sum())
+        return (
+            int(self._id_start[-1]) if self.which is None and not self._first_only else int(self.part_lengths().sum())
+        )
 
 
 def part_lengths(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
@@ -280,16 +284,16 @@ def extra_of(trees: Sequence[TokenTree], name: str) -> np.ndarray:
 
 def row_weights(trees: Sequence[TokenTree]) -> np.ndarray | None:
     """(trees,) weight of each row in a loss; None if all are 1."""
-    found = extra_of(trees, "weight")
-    return None if (found == 1.0).all() else found
+    weights = extra_of(trees, "weight")
+    return None if (weights == 1.0).all() else weights
 
 
 def first_completions(trees: Sequence[TokenTree]) -> Sequence[TokenTree]:
     """Trees with their first completion only."""
     if isinstance(trees, StoredTokens):
         return trees.first_completions()
-    each = ("completion_ids", "truncated", "labels", "scores", "masks")  # one entry per completion
-    return [replace(t, **{name: getattr(t, name)[:1] for name in each}) for t in trees]
+    fields = ("completion_ids", "truncated", "labels", "scores", "masks")  # one entry per completion
+    return [replace(t, **{name: getattr(t, name)[:1] for name in fields}) for t in trees]
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -325,8 +329,8 @@ class TokenWriter:
             self._ids.write(np.ascontiguousarray(ids, dtype="<i4").tobytes())
             self._id_start.append(self._id_start[-1] + len(ids))
         if self._masked:
-            all_of = [np.ones(len(ids), dtype=bool) for ids in parts]
-            self._masks.write(np.concatenate([all_of[0], *(tree.masks or all_of[1:])]).tobytes())
+            full_masks = [np.ones(len(ids), dtype=bool) for ids in parts]
+            self._masks.write(np.concatenate([full_masks[0], *(tree.masks or full_masks[1:])]).tobytes())
         self._part_start.append(self._part_start[-1] + len(parts))
         self._truncated.extend(tree.truncated)
         self._labels.extend(NO_LABEL if label is None else int(label) for label in tree.labels)
@@ -343,8 +347,8 @@ class TokenWriter:
                 if not writer._masked:
                     writer._masks.write(b"\1" * writer._id_start[-1])
             self._masked = True
-        for mine, theirs in zip(self._spills, other._spills, strict=True):
-            _append_spill(mine, theirs)
+        for own_spill, other_spill in zip(self._spills, other._spills, strict=True):
+            _append_spill(own_spill, other_spill)
         for name in ("_part_start", "_id_start", "_source_ends"):
             _append_ends(getattr(self, name), getattr(other, name))
         for name in ("_truncated", "_labels", "_scores", "_of_row", "_marks"):
@@ -361,7 +365,7 @@ class TokenWriter:
         import pyarrow as pa
 
         assert self.folder is not None
-        one = np.array(self._part_start) - np.arange(len(self._part_start))  # completion offsets, without prompts
+        starts = np.array(self._part_start) - np.arange(len(self._part_start))  # without prompts
         ids = pa.Array.from_buffers(pa.int32(), self._id_start[-1], [None, _buffer(self._ids)])
         parts = pa.LargeListArray.from_arrays(np.array(self._id_start), ids)
         columns = {"truncated": self._truncated, "labels": self._labels, "scores": self._scores}
@@ -369,13 +373,13 @@ class TokenWriter:
             self.folder / "tokens.arrow",
             parts=pa.LargeListArray.from_arrays(np.array(self._part_start), parts),
             source=_binary_array(self._source_ends, self._sources),
-            **{name: pa.LargeListArray.from_arrays(one, np.array(values)) for name, values in columns.items()},
+            **{name: pa.LargeListArray.from_arrays(starts, np.array(values)) for name, values in columns.items()},
         )
         write_batch(self.folder / "made.arrow", trees=np.array(self._of_row), marks=np.array(self._marks))
-        for name, held in self._extras.items():
-            found = np.array(held)
-            if (found != EXTRAS[name]).any():
-                np.save(self.folder / f"{name}.npy", found)
+        for name, values in self._extras.items():
+            extras = np.array(values)
+            if (extras != EXTRAS[name]).any():
+                np.save(self.folder / f"{name}.npy", extras)
         if self._masked:
             self._masks.flush()
             np.save(self.folder / MASKS, np.memmap(self._masks, dtype=bool, mode="r"))  # type: ignore[call-overload]

@@ -134,12 +134,12 @@ class DataConfig(Section):
         sources = values.get("sources") if isinstance(values, dict) else None
         if not sources or not isinstance(sources, list):
             return values
-        whole = [{"path": s} if isinstance(s, str) else s for s in sources]
-        named = [s.get("path") if isinstance(s, dict) else None for s in whole]
-        files = [f for p in named for f in (p if isinstance(p, list) else [p])]
+        entries = [{"path": s} if isinstance(s, str) else s for s in sources]
+        paths = [s.get("path") if isinstance(s, dict) else None for s in entries]
+        files = [f for p in paths for f in (p if isinstance(p, list) else [p])]
         if values.get("path", files) != files:
             raise ValueError("path and sources are both set; keep one")
-        return {**values, "sources": whole, "path": files if all(isinstance(f, str) for f in files) else ""}
+        return {**values, "sources": entries, "path": files if all(isinstance(f, str) for f in files) else ""}
 
     @model_validator(mode="after")
     def _check_mix(self) -> DataConfig:
@@ -148,10 +148,10 @@ class DataConfig(Section):
             raise ValueError(
                 f"sources.{weights.index(False)} has no weight and others have one; give all of them one, or none"
             )
-        both = next((i for i, s in enumerate(self.sources) if s.weight is not None and s.repeat is not None), None)
-        if both is not None:
+        clash = next((i for i, s in enumerate(self.sources) if s.weight is not None and s.repeat is not None), None)
+        if clash is not None:
             raise ValueError(
-                f"sources.{both} has a weight and a repeat, which both say how many of its rows an epoch has; keep one"
+                f"sources.{clash} has a weight and a repeat, which both say how many of its rows an epoch has; keep one"
             )
         return self
 
@@ -165,8 +165,8 @@ class DataConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _drop_auto(cls, values: Any) -> Any:
-        auto = isinstance(values, dict) and values.get("max_length") == "auto"
-        return {k: v for k, v in values.items() if k != "max_length"} if auto else values
+        is_auto = isinstance(values, dict) and values.get("max_length") == "auto"
+        return {k: v for k, v in values.items() if k != "max_length"} if is_auto else values
 
     @field_validator("path", "eval_path", mode="before")
     @classmethod
@@ -178,8 +178,8 @@ class DataConfig(Section):
     @field_validator("template_options")
     @classmethod
     def _check_date(cls, options: dict[str, Any]) -> dict[str, Any]:
-        if wrong := sorted(options.keys() & NOT_OPTIONS):
-            raise ValueError(f"{wrong[0]} is not a variable of a chat template; take it out")
+        if reserved := sorted(options.keys() & NOT_OPTIONS):
+            raise ValueError(f"{reserved[0]} is not a variable of a chat template; take it out")
         try:
             datetime.fromisoformat(options.get("strftime_now", "2026-01-01"))
         except (TypeError, ValueError) as error:
@@ -195,7 +195,7 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check_hold_out(self) -> DataConfig:
-        given = [n for n in ("eval_path", "validation_rows", "validation_fraction") if getattr(self, n) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} are both set; keep one")
+        keys = [n for n in ("eval_path", "validation_rows", "validation_fraction") if getattr(self, n) is not None]
+        if len(keys) > 1:
+            raise ValueError(f"{' and '.join(keys)} are set; keep one")
         return self

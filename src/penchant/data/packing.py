@@ -32,9 +32,9 @@ def plan_microbatches(sizes: Sequence[int], budget: int) -> list[list[int]]:
     room: list[tuple[int, int]] = []  # (tokens left, bin), sorted: bisect finds the tightest bin that fits
     bins: list[list[int]] = []
     for i in order:
-        at = bisect_left(room, (sizes[i], -1))
-        if at < len(room):
-            left, b = room.pop(at)
+        tightest = bisect_left(room, (sizes[i], -1))
+        if tightest < len(room):
+            left, b = room.pop(tightest)
         else:
             left, b = budget, len(bins)
             bins.append([])
@@ -98,14 +98,14 @@ def plan_passes(sizes: Sequence[int], budget: int, lanes: bool, strands: int = 1
     """
     if not lanes:
         return plan_balanced(sizes, budget)
-    most = max(pass_tokens(budget), max(sizes, default=0))
-    least = -(-sum(sizes) // most)
-    count = least
+    pass_limit = max(pass_tokens(budget), max(sizes, default=0))
+    min_passes = -(-sum(sizes) // pass_limit)
+    count = min_passes
     if strands == 1:
-        count = max(least, min(-(-least // 4) * 4, sum(sizes) // LEAST_TOKENS))
-        count -= count % 2 if count > max(1, least) else 0  # two threads would run the third of three passes alone
+        count = max(min_passes, min(-(-min_passes // 4) * 4, sum(sizes) // LEAST_TOKENS))
+        count -= count % 2 if count > max(1, min_passes) else 0  # two threads would run the third of three passes alone
     bins = _balanced(sizes, min(count, len(sizes)))
-    while any(sum(sizes[i] for i in members) > most for members in bins):
+    while any(sum(sizes[i] for i in members) > pass_limit for members in bins):
         bins = _balanced(sizes, len(bins) + 1)
     return sorted(bins, key=lambda members: -sum(sizes[i] for i in members))
 
@@ -208,9 +208,9 @@ def tree_sizes(trees: Sequence[TokenTree], shared: bool) -> list[int]:
     """`tree_tokens` of each tree."""
     counts, lengths = part_lengths(trees)
     starts = np.cumsum(counts) - counts
-    whole = np.add.reduceat(lengths, starts) if len(counts) else lengths
-    found: list[int] = (whole if shared else whole + (counts - 2) * lengths[starts]).tolist()
-    return found
+    totals = np.add.reduceat(lengths, starts) if len(counts) else lengths
+    sizes: list[int] = (totals if shared else totals + (counts - 2) * lengths[starts]).tolist()
+    return sizes
 
 
 def run_passes(
@@ -236,12 +236,12 @@ def run_passes(
         even = _balanced(sizes, len(plan) + len(plan) % 2)
         plan = plan if any(sum(sizes[i] for i in members) > pass_tokens(tokens_per_step) for members in even) else even
 
-    def one(members: list[int]) -> T:
+    def run_pass(members: list[int]) -> T:
         return call(pack([trees[i] for i in members], shared=shared).to(device))
 
     if current().many:
-        yield from dealt_passes(plan, one, device, sizes)
+        yield from dealt_passes(plan, run_pass, device, sizes)
         return
-    of_passes = [sum(sizes[i] for i in members) for members in plan]
-    most = max_concurrent_passes(of_passes, tokens_per_step, len(trees)) if lanes else 1
-    yield from zip(plan, side_by_side(one, plan, most=most), strict=True)
+    pass_sizes = [sum(sizes[i] for i in members) for members in plan]
+    concurrent = max_concurrent_passes(pass_sizes, tokens_per_step, len(trees)) if lanes else 1
+    yield from zip(plan, side_by_side(run_pass, plan, most=concurrent), strict=True)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import cache_folder, written_aside
+from penchant.base.files import atomic_path, cache_folder
 from penchant.base.text import counted
 from penchant.data.layouts.fields import RowError, is_nonempty
 from penchant.errors import ConfigError, DataError
@@ -56,18 +56,17 @@ class Pictures:
         listed: list[Picture] = []
         for name in COLUMNS:
             if is_nonempty(row.get(name)):
-                given = row[name]
-                each = given if isinstance(given, Sequence) and not isinstance(given, (str, bytes)) else [given]
-                listed += [self.picture(value, f'"{name}"[{i}]') for i, value in enumerate(each)]
-        found = {mark_of(p): p for p in listed}
-        rest = {}
+                cell = row[name]
+                values = cell if isinstance(cell, Sequence) and not isinstance(cell, (str, bytes)) else [cell]
+                listed += [self.picture(value, f'"{name}"[{i}]') for i, value in enumerate(values)]
+        by_mark = {mark_of(p): p for p in listed}
+        marked_row = {}
         for name, value in row.items():
             if name not in COLUMNS:
-                bare = iter(
-                    listed
-                )  # each column starts again at the first picture: a whole conversation repeats the prompt
-                rest[name] = self._mark(value, f'"{name}"', listed, bare, found)
-        return rest, ExtractedPictures(tuple(listed), found)
+                # each column starts again at the first picture: a whole conversation repeats the prompt
+                bare = iter(listed)
+                marked_row[name] = self._mark(value, f'"{name}"', listed, bare, by_mark)
+        return marked_row, ExtractedPictures(tuple(listed), by_mark)
 
     def text(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """Only the row of `extract`; the row as it is if its pictures cannot be used."""
@@ -76,28 +75,30 @@ class Pictures:
         except RowError:
             return row
 
-    def _mark(self, value: Any, what: str, listed: Sequence[Picture], bare: Any, found: dict[str, Picture]) -> Any:
+    def _mark(
+        self, value: Any, what: str, listed: Sequence[Picture], unplaced: Any, by_mark: dict[str, Picture]
+    ) -> Any:
         """A column's value with marks in place of pictures, also within messages and their parts."""
         if isinstance(value, str):
             if not listed or BARE not in value:
                 return value
             first, *others = value.split(BARE)
-            return first + "".join(_next_mark(bare, what) + text for text in others)
+            return first + "".join(_next_mark(unplaced, what) + text for text in others)
         if isinstance(value, Mapping):
             contents = ("content", "value")
             return {
-                k: self._parts(v, f"{what}.{k}", bare, found)
+                k: self._parts(v, f"{what}.{k}", unplaced, by_mark)
                 if k in contents and _is_parts(v)
-                else self._mark(v, what, listed, bare, found)
+                else self._mark(v, what, listed, unplaced, by_mark)
                 if k in contents
                 else v
                 for k, v in value.items()
             }
         if isinstance(value, (list, tuple)):
-            return [self._mark(v, f"{what}[{i}]", listed, bare, found) for i, v in enumerate(value)]
+            return [self._mark(v, f"{what}[{i}]", listed, unplaced, by_mark) for i, v in enumerate(value)]
         return value
 
-    def _parts(self, parts: Sequence[Any], what: str, bare: Any, found: dict[str, Picture]) -> Any:
+    def _parts(self, parts: Sequence[Any], what: str, unplaced: Any, by_mark: dict[str, Picture]) -> Any:
         """The text of a content given as a list of parts, with marks in place of pictures; as it is if there are none."""
         kinds = [p.get("type") if isinstance(p, Mapping) else None for p in parts]
         if not {"image", "image_url"} & set(kinds):
@@ -106,12 +107,12 @@ class Pictures:
         for i, (part, kind) in enumerate(zip(parts, kinds, strict=True)):
             if kind in ("image", "image_url"):
                 names = ("image", "image_url", "url", "path", "bytes", "base64")
-                given = next((part[n] for n in names if is_nonempty(part.get(n))), None)
-                if given is None:
-                    texts.append(_next_mark(bare, what))
+                value = next((part[n] for n in names if is_nonempty(part.get(n))), None)
+                if value is None:
+                    texts.append(_next_mark(unplaced, what))
                 else:
-                    picture = self.picture(given, f"{what}[{i}]", encoded="base64" in part and given is part["base64"])
-                    found[mark_of(picture)] = picture
+                    picture = self.picture(value, f"{what}[{i}]", encoded="base64" in part and value is part["base64"])
+                    by_mark[mark_of(picture)] = picture
                     texts.append(mark_of(picture))
             elif isinstance(part.get("text") if isinstance(part, Mapping) else None, str):
                 texts.append(part["text"])
@@ -130,10 +131,10 @@ class Pictures:
         """
         if isinstance(value, Mapping):
             names = ("bytes", "path", "url", "image", "base64")
-            inner = next((n for n in names if is_nonempty(value.get(n))), None)
-            if inner is None or isinstance(value[inner], Mapping):
+            key = next((n for n in names if is_nonempty(value.get(n))), None)
+            if key is None or isinstance(value[key], Mapping):
                 raise RowError(f"{what} names no picture", _HOW)
-            return self.picture(value[inner], what, encoded=inner == "base64")
+            return self.picture(value[key], what, encoded=key == "base64")
         if isinstance(value, (bytes, bytearray)):
             return _store(bytes(value), what)
         if not isinstance(value, str):
@@ -172,8 +173,8 @@ def _is_parts(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
-def _next_mark(bare: Any, what: str) -> str:
-    picture = next(bare, None)
+def _next_mark(pictures: Any, what: str) -> str:
+    picture = next(pictures, None)
     if picture is None:
         raise RowError(f"{what} has more places for pictures than the row has pictures", "list one for each in images")
     return mark_of(picture)
@@ -207,9 +208,9 @@ class ExtractedPictures:
         places: Counter[str] = Counter()  # of each picture: one may be shown several times
         for text in texts:
             places |= Counter(m.group() for m in MARK.finditer(text))
-        there = Counter(listed) | Counter(self.found.keys())
-        if there - places or places.keys() - self.found.keys():
-            what = f"has {counted(there.total(), 'picture')}, and its prompt has places for {places.total()}"
+        pictures = Counter(listed) | Counter(self.found.keys())
+        if pictures - places or places.keys() - self.found.keys():
+            what = f"has {counted(pictures.total(), 'picture')}, and its prompt has places for {places.total()}"
             raise RowError(what, "write one <image> for each where it belongs, or none at all")
         return tuple(
             replace(t, images=tuple(self.found[m.group()] for m in MARK.finditer(text)))
@@ -224,10 +225,10 @@ def _text(prompt: Prompt) -> str:
 def _prepend_marks(prompt: Prompt, marks: str) -> Prompt:
     if isinstance(prompt, str):
         return marks + prompt
-    at = next((i for i, m in enumerate(prompt) if m.role == "user"), None)
-    if at is None:
+    index = next((i for i, m in enumerate(prompt) if m.role == "user"), None)
+    if index is None:
         return (*prompt, Message("user", marks))
-    return (*prompt[:at], replace(prompt[at], content=marks + prompt[at].content), *prompt[at + 1 :])
+    return (*prompt[:index], replace(prompt[index], content=marks + prompt[index].content), *prompt[index + 1 :])
 
 
 def pillow() -> Any:
@@ -265,8 +266,8 @@ def _store(content: bytes, what: str) -> Picture:
     path = cache_folder("pictures") / sha256[:2] / f"{sha256}.{kind.lower()}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        with written_aside(path) as aside:
-            aside.write_bytes(content)
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(content)
     return Picture(str(path.absolute()), sha256)
 
 
@@ -286,8 +287,8 @@ def open_picture(picture: Picture) -> Any:
     if hashlib.sha256(content).hexdigest() != picture.sha256:
         raise DataError(picture.path, "this picture was changed since the rows were read", "put it back, or start over")
     try:
-        with image.open(io.BytesIO(content), formats=FORMATS) as whole:
-            return ImageOps.exif_transpose(whole).convert("RGB")
+        with image.open(io.BytesIO(content), formats=FORMATS) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
     except Exception as error:  # whatever a decoder raises
         what = f"this picture is broken ({str(error)[:100]})"
         raise DataError(picture.path, what, "fix it, or drop its row") from error

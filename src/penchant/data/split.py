@@ -21,15 +21,15 @@ SPLITS = ("train", "validation", "test")
 
 def prompt_key(prompt: object, text: str = "") -> str:
     """The key by which prompts count as the same: ignores case and white space; plain texts are keyed by themselves."""
-    shown = prompt_text(prompt) or text  # type: ignore[arg-type]
-    return normalize(shown)
+    content = prompt_text(prompt) or text  # type: ignore[arg-type]
+    return normalize(content)
 
 
 def split_by_prompt(dataset: Dataset, **how: Any) -> tuple[Dataset, Dataset]:
     """(train, validation) without a prompt in both; arguments and errors as for `held_out_rows`."""
-    held = held_out_rows(dataset, **how)
-    kept = np.setdiff1d(np.arange(len(dataset.trees)), held)
-    return dataset.subset(kept.tolist()), dataset.subset(held.tolist())
+    held_out = held_out_rows(dataset, **how)
+    train = np.setdiff1d(np.arange(len(dataset.trees)), held_out)
+    return dataset.subset(train.tolist()), dataset.subset(held_out.tolist())
 
 
 DIGEST = 16  # bytes
@@ -63,21 +63,21 @@ def held_out_rows(
     wanted = validation_rows if validation_rows is not None else round((validation_fraction or 0.0) * rows)
     if not 0 < wanted < rows:
         key = "validation_rows" if validation_rows is not None else "validation_fraction"
-        given = validation_rows if validation_rows is not None else f"{validation_fraction:g}"
+        setting = validation_rows if validation_rows is not None else f"{validation_fraction:g}"
         raise DataError(
             f"data.{key}",
-            f"{given} of {counted(rows, 'row')} would hold out {wanted}",
+            f"{setting} of {counted(rows, 'row')} would hold out {wanted}",
             f"leave at least one row on both sides (data.{key}={'N' if key.endswith('rows') else '0.1'}), or set data.{key}=null",
         )
-    drawn = np.frombuffer(digests(dataset.trees, seed), ">u8").reshape(rows, DIGEST // 8)
-    order = np.lexsort(drawn.T[::-1])  # by digest; rows of one prompt stay in the order of the file
-    drawn = drawn[order]
-    starts = np.flatnonzero(np.r_[True, (drawn[1:] != drawn[:-1]).any(axis=1)])
+    row_digests = np.frombuffer(digests(dataset.trees, seed), ">u8").reshape(rows, DIGEST // 8)
+    order = np.lexsort(row_digests.T[::-1])  # by digest; rows of one prompt stay in the order of the file
+    row_digests = row_digests[order]
+    starts = np.flatnonzero(np.r_[True, (row_digests[1:] != row_digests[:-1]).any(axis=1)])
     sizes = np.diff(np.r_[starts, rows])
-    held, room = [np.empty(0, np.int64)], wanted
+    held_out, room = [np.empty(0, np.int64)], wanted
     for start, size in zip(starts, sizes, strict=True):
         if size <= room:
-            held.append(order[start : start + size])
+            held_out.append(order[start : start + size])
             room -= size
             if not room:
                 break
@@ -87,7 +87,7 @@ def held_out_rows(
             f"the {len(starts)} prompt(s) have more rows each than the {wanted} that are to be held out, and prompts stay whole",
             "hold out more rows, give data.eval_path, or leave both out (data.validation_fraction=null)",
         )
-    return np.sort(np.concatenate(held))
+    return np.sort(np.concatenate(held_out))
 
 
 # ---- Groups of nearly equal prompts ----
@@ -147,17 +147,17 @@ class Splitter:
         groups = self._near.groups()
         if not len(groups):
             return Assignment(published, 0, 0, (0, 0))
-        leaders, member = np.unique(groups, return_inverse=True)
+        leaders, group_of_row = np.unique(groups, return_inverse=True)
         # a group is drawn by its smallest hash, so that its split depends neither on the order nor on the number of rows
         smallest = np.full(len(leaders), np.iinfo(np.uint64).max, dtype=np.uint64)
-        np.minimum.at(smallest, member, hashes)
-        there = published if keep_published else ()  # a split that was published takes nothing from train
-        validation, test = (0.0 if i in there else shares[i] for i in (1, 2))
-        drawn = draw(smallest, (1.0 - validation - test, validation, test), seed)[member]
+        np.minimum.at(smallest, group_of_row, hashes)
+        existing = published if keep_published else ()  # a split that was published takes nothing from train
+        validation, test = (0.0 if i in existing else shares[i] for i in (1, 2))
+        drawn = draw(smallest, (1.0 - validation - test, validation, test), seed)[group_of_row]
         split = np.where(published == 0, drawn, published).astype(np.uint8) if keep_published else drawn
-        pairs = np.unique(np.stack([member, split.astype(np.int64)]), axis=1)
-        several = np.flatnonzero(np.bincount(pairs[0]) > 1)
-        straddling = len(several), int(np.isin(member, several).sum())
+        pairs = np.unique(np.stack([group_of_row, split.astype(np.int64)]), axis=1)
+        in_several = np.flatnonzero(np.bincount(pairs[0]) > 1)
+        straddling = len(in_several), int(np.isin(group_of_row, in_several).sum())
         return Assignment(split, len(leaders), len(np.unique(hashes)), straddling)
 
 

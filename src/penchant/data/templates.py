@@ -62,39 +62,34 @@ def with_date(options: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
 
 def _fix_date(tokenizer: Any, options: Mapping[str, Any] | None) -> dict[str, Any]:
     """Options for a chat template; if it uses the date and one is given, they include the template with that date fixed."""
-    given = dict(options or {})
-    if (day := given.pop(DATE, None)) is not None and writes_date(tokenizer):
-        given["chat_template"] = _date_macro(day) + tokenizer.get_chat_template(tools=given.get("tools"))
-    return given
+    variables = dict(options or {})
+    if (day := variables.pop(DATE, None)) is not None and writes_date(tokenizer):
+        variables["chat_template"] = _date_macro(day) + tokenizer.get_chat_template(tools=variables.get("tools"))
+    return variables
 
 
 @cache
 def _date_macro(day: str) -> str:
     """A macro that replaces the template's clock, since transformers passes no functions to templates."""
-    then = datetime.fromisoformat(day)
+    moment = datetime.fromisoformat(day)
     codes = [f"%{flag}{letter}" for flag in ("", "-") for letter in ascii_letters]
-    told = [("%%", "\0"), *((c, s) for c in codes if "%" not in (s := then.strftime(c))), ("\0", "%")]
-    text = "".join(f" | replace({json.dumps(code)}, {json.dumps(said)})" for code, said in told)
-    return f"{{% macro {DATE}(format) %}}{{{{ format{text} }}}}{{% endmacro %}}\n"  # on its own line because of trim_blocks
+    replacements = [("%%", "\0"), *((c, s) for c in codes if "%" not in (s := moment.strftime(c))), ("\0", "%")]
+    filters = "".join(f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in replacements)
+    return f"{{% macro {DATE}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"  # on its own line because of trim_blocks
 
 
 def unread_options(tokenizer: Any, options: Iterable[str]) -> str:
     """A note on options that the chat template does not read; empty if it reads all."""
     words = set(re.findall(r"\w+", str(getattr(tokenizer, "chat_template", None))))
     unread = sorted({*options} - words)
-    near = [f'{name} (did you mean "{word}"?)' if (word := closest(name, words, 0.8)) else name for name in unread]
-    return f"the chat template does not read {' and '.join(near)}" if near else ""
+    notes = [f'{name} (did you mean "{word}"?)' if (word := closest(name, words, 0.8)) else name for name in unread]
+    return f"the chat template does not read {' and '.join(notes)}" if notes else ""
 
 
 # ---- Calling a chat template: its variables besides the turns, and the form in which it takes turns ----
 
-NAME, VALUE, RESULT, QUESTION, ANSWER = (
-    "find_lynx",
-    "Gnu1717",
-    "Ibex4242",
-    "Kudu0815",
-    "Zebra4711.",
-)  # words found nowhere else
+# words found nowhere else
+NAME, VALUE, RESULT, QUESTION, ANSWER = ("find_lynx", "Gnu1717", "Ibex4242", "Kudu0815", "Zebra4711.")
 
 
 class Form(NamedTuple):
@@ -127,55 +122,60 @@ def _form(tokenizer: Any, with_tools: bool) -> Form:
 
 
 def _plain_form(tokenizer: Any) -> Form:
-    asked = (Message("user", QUESTION), Message("assistant", ANSWER))
+    turns = (Message("user", QUESTION), Message("assistant", ANSWER))
     for form in (Form(), Form(parts=True)):
-        text = _try_write(tokenizer, form, asked)
+        text = _try_write(tokenizer, form, turns)
         if QUESTION in text and ANSWER in text:
             return form
     return Form()
 
 
-def _tool_form(tokenizer: Any, plain: Form) -> Form:
+def _tool_form(tokenizer: Any, base_form: Form) -> Form:
     tool = {
         "name": NAME,
         "description": "?",
         "parameters": {"type": "object", "properties": {"eland": {"type": "string"}}},
     }
-    told = {"tools": [{"type": "function", "function": tool}]}
+    variables = {"tools": [{"type": "function", "function": tool}]}
     call = {"id": "call12345", "type": "function", "function": {"name": NAME, "arguments": {"eland": VALUE}}}
-    asked = Message("user", QUESTION)
-    calls = Message("assistant", "", tool_calls=json.dumps([call]))
-    turns = (asked, calls, Message("tool", RESULT, tool_call_id="call12345", name=NAME), Message("assistant", ANSWER))
-    forms = [plain._replace(empty=empty, text=text) for empty in ("", None) for text in (False, True)]
+    question = Message("user", QUESTION)
+    tool_call = Message("assistant", "", tool_calls=json.dumps([call]))
+    turns = (
+        question,
+        tool_call,
+        Message("tool", RESULT, tool_call_id="call12345", name=NAME),
+        Message("assistant", ANSWER),
+    )
+    forms = [base_form._replace(empty=empty, text=text) for empty in ("", None) for text in (False, True)]
     lacks: set[str] = set()
-    offered = _try_write(tokenizer, plain, (asked,), told)
-    if offered and NAME not in offered:
+    offer_text = _try_write(tokenizer, base_form, (question,), variables)
+    if offer_text and NAME not in offer_text:
         lacks.add("tools")
-    found = None
+    working_form = None
     for form in forms:
-        text = _try_write(tokenizer, form, turns, told)
+        text = _try_write(tokenizer, form, turns, variables)
         if text and RESULT not in text:
             lacks.add("results")
         if VALUE in text and not any(wrong in text for wrong in ("'eland'", '\\"eland')):
-            found = form
+            working_form = form
             break
         if text:
             lacks.add("calls")
-    return (found or plain)._replace(lacks=frozenset(lacks - {"calls"} if found else lacks))
+    return (working_form or base_form)._replace(lacks=frozenset(lacks - {"calls"} if working_form else lacks))
 
 
-def _try_write(tokenizer: Any, form: Form, turns: Sequence[Message], told: Mapping[str, Any] | None = None) -> str:
+def _try_write(tokenizer: Any, form: Form, turns: Sequence[Message], variables: Mapping[str, Any] | None = None) -> str:
     try:
-        return _write(tokenizer, form, turns, dict(told or {}))
+        return _write(tokenizer, form, turns, dict(variables or {}))
     except ModelError:
         raise
     except Exception:  # a template's own jinja errors: it may refuse such turns
         return ""
 
 
-def _write(tokenizer: Any, form: Form, turns: Sequence[Message], given: Mapping[str, Any], **how: bool) -> str:
-    shown = [_as_template_turn(m, form, tokenizer) for m in turns]
-    return str(tokenizer.apply_chat_template(shown, tokenize=False, **how, **given))
+def _write(tokenizer: Any, form: Form, turns: Sequence[Message], variables: Mapping[str, Any], **how: bool) -> str:
+    template_turns = [_as_template_turn(m, form, tokenizer) for m in turns]
+    return str(tokenizer.apply_chat_template(template_turns, tokenize=False, **how, **variables))
 
 
 def _as_template_turn(message: Message, form: Form, tokenizer: Any) -> dict[str, Any]:
@@ -198,18 +198,18 @@ class ChatTemplate:
     """A tokenizer's chat template with its variables besides the turns.
 
     Args:
-        options: `data.template_options`; told: the row's own variables (tools, options), which take precedence.
+        options: `data.template_options`; variables: the row's own variables (tools, options), which take precedence.
     """
 
     def __init__(
-        self, tokenizer: Any, options: Mapping[str, Any] | None = None, told: Mapping[str, Any] | None = None
+        self, tokenizer: Any, options: Mapping[str, Any] | None = None, variables: Mapping[str, Any] | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self._given = _fix_date(tokenizer, {**(options or {}), **(told or {})})
+        self._variables = _fix_date(tokenizer, {**(options or {}), **(variables or {})})
 
     @property
     def tools(self) -> Sequence[Mapping[str, Any]]:
-        return self._given.get("tools") or ()
+        return self._variables.get("tools") or ()
 
     def _form_for(self, turns: Sequence[Message]) -> Form:
         return _form(self.tokenizer, bool(self.tools) or any(m.tool_calls or m.role == "tool" for m in turns))
@@ -217,20 +217,22 @@ class ChatTemplate:
     def write(self, turns: Sequence[Message], *, generate: bool = False) -> str:
         """The turns as text; `generate`: with the generation prompt for the next answer."""
         form = self._form_for(turns)
-        return _write(self.tokenizer, form, turns, self._given, add_generation_prompt=generate)
+        return _write(self.tokenizer, form, turns, self._variables, add_generation_prompt=generate)
 
     def render_prompt(self, turns: Sequence[Message]) -> str:
         """The text before an answer; if the last turn is an assistant's, the answer continues it (`continue_final_message`)."""
         if not continues(turns):
             return self.write(turns, generate=True)
-        return _write(self.tokenizer, self._form_for(turns), turns, self._given, continue_final_message=True)
+        return _write(self.tokenizer, self._form_for(turns), turns, self._variables, continue_final_message=True)
 
     def answer_spans(self, turns: Sequence[Message]) -> tuple[str, dict[int, tuple[int, int]]]:
         """The turns as text, and the (start, end) of each assistant turn's ``{% generation %}`` span; empty without such tags."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        given = dict(self._given)
-        template = given.pop("chat_template", None) or self.tokenizer.get_chat_template(tools=given.get("tools"))
+        variables = dict(self._variables)
+        template = variables.pop("chat_template", None) or self.tokenizer.get_chat_template(
+            tools=variables.get("tools")
+        )
         if not _GENERATION.search(template):
             return "", {}
         form = self._form_for(turns)
@@ -238,13 +240,13 @@ class ChatTemplate:
             [[_as_template_turn(m, form, self.tokenizer) for m in turns]],
             chat_template=template,
             return_assistant_tokens_mask=True,
-            **{**self.tokenizer.special_tokens_map, **given},
+            **{**self.tokenizer.special_tokens_map, **variables},
         )
-        (text,), (places,) = rendered
+        (text,), (spans,) = rendered
         answers = [i for i, m in enumerate(turns) if m.role == "assistant"]
-        if len(places) != len(answers):
+        if len(spans) != len(answers):
             return text, {}
-        return text, {i: (start, stop) for i, (start, stop) in zip(answers, places, strict=True)}
+        return text, {i: (start, stop) for i, (start, stop) in zip(answers, spans, strict=True)}
 
     def check_turns(self, turns: Sequence[Message], text: str) -> None:
         """Check that the text contains all system, developer and user turns, ignoring white space.
@@ -256,7 +258,7 @@ class ChatTemplate:
         for m in turns:
             if m.role in ASKING and m.content.strip() not in text:
                 flat = flat or "".join(text.split())
-                if any("".join(said.split()) not in flat for said in MARK.split(m.content)[::2]):  # around pictures
+                if any("".join(part.split()) not in flat for part in MARK.split(m.content)[::2]):  # around pictures
                     how = (
                         "fix the turn or take it out, take a model whose template writes it, or set data.template=plain"
                     )
@@ -273,48 +275,52 @@ class ChatTemplate:
         if not (tools or calls or results):
             return
         lacks = self._form_for(turns).lacks
-        found = next(
+        unsupported = next(
             (
-                what
-                for name, there, what in (
+                description
+                for name, present, description in (
                     ("tools", tools, "the tools"),
                     ("calls", calls, "tool calls"),
                     ("results", results, "what tools answer"),
                 )
-                if there and name in lacks
+                if present and name in lacks
             ),
             "",
         )
-        if left := found or _first_missing(turns, tools, text):
+        if missing := unsupported or _first_missing(turns, tools, text):
             how = "take a model whose chat template writes tools (see `Conversations and tools` in the docs), or drop the row"
-            raise RowError(f"the chat template leaves out {left}", how)
+            raise RowError(f"the chat template leaves out {missing}", how)
 
 
 def _first_missing(turns: Sequence[Message], tools: Sequence[Mapping[str, Any]], text: str) -> str:
     """The first tool, call or result missing from a text, ignoring white space and JSON escapes; empty if none is."""
-    flat, at = "".join(text.split()), 0
+    flat, position = "".join(text.split()), 0
 
-    def behind(value: Any) -> int:  # the position after it; -1 if it is missing
-        said = value if isinstance(value, str) else json.dumps(value)
-        ways = {
-            "".join(way.split()) for way in (said, json.dumps(said, ensure_ascii=False)[1:-1], json.dumps(said)[1:-1])
+    def end_of(value: Any) -> int:  # the position after it; -1 if it is missing
+        written = value if isinstance(value, str) else json.dumps(value)
+        spellings = {
+            "".join(spelling.split())
+            for spelling in (written, json.dumps(written, ensure_ascii=False)[1:-1], json.dumps(written)[1:-1])
         }
-        ways |= {str(value)} if not isinstance(value, str) else set()
-        return max((place + len(way) for way in ways if (place := flat.find(way, at)) >= 0), default=-1)
+        spellings |= {str(value)} if not isinstance(value, str) else set()
+        return max(
+            (start + len(spelling) for spelling in spellings if (start := flat.find(spelling, position)) >= 0),
+            default=-1,
+        )
 
     for tool in tools:
         name = tool.get("function", tool).get("name", "")
-        if behind(name) < 0:
+        if end_of(name) < 0:
             return f"the tool {name}"
     for m in turns:
-        place = behind(m.content) if m.role not in ("system", "developer") else -1
-        if place < 0 and m.role == "tool":
+        end = end_of(m.content) if m.role not in ("system", "developer") else -1
+        if end < 0 and m.role == "tool":
             return f"what a tool answered ({excerpt(m.content)})"
         for call in json.loads(m.tool_calls or "[]"):
             name, arguments = call["function"]["name"], call["function"]["arguments"]
-            if any(behind(leaf) < 0 for leaf in (name, *_leaves(arguments))):
+            if any(end_of(leaf) < 0 for leaf in (name, *_leaves(arguments))):
                 return f"a call of {name} ({excerpt(json.dumps(arguments, ensure_ascii=False))})"
-        at = max(at, place)
+        position = max(position, end)
     return ""
 
 
@@ -355,8 +361,8 @@ def with_answer(turns: Sequence[Message], answer: Message) -> list[Message]:
     if answer.reasoning:
         what = "the answer continues the prompt's last turn and has separate reasoning"
         raise RowError(what, "put it into that turn")
-    begun = turns[-1]
-    return [*turns[:-1], replace(begun, content=begun.content + answer.content, tool_calls=answer.tool_calls)]
+    last = turns[-1]
+    return [*turns[:-1], replace(last, content=last.content + answer.content, tool_calls=answer.tool_calls)]
 
 
 def turns_of_prompt(prompt: Prompt) -> tuple[Message, ...]:
@@ -367,23 +373,23 @@ def turns_of_prompt(prompt: Prompt) -> tuple[Message, ...]:
 def plain(tree: PromptTree) -> Rendered:
     """Text prompts as they are; chat prompts as a ``\\n\\nHuman: ...\\n\\nAssistant:`` transcript."""
     turns = () if isinstance(tree.prompt, str) else tree.prompt
-    held = (
+    features = (
         ("separate reasoning", any(c.reasoning for c in tree.completions)),
         ("tools", tree.tools or any(m.role == "tool" or m.tool_calls for m in turns)),
         ("tool calls", any(c.tool_calls for c in tree.completions)),
         ("chat_template_kwargs", tree.template_options),
     )
-    for what, there in held:
-        if there:
+    for feature, present in features:
+        if present:
             how = "take a tokenizer with a chat template, put it into the content, or take it out"
-            raise RowError(f"it has {what}, which only a chat template can write", how)
+            raise RowError(f"it has {feature}, which only a chat template can write", how)
     texts = tuple(c.text for c in tree.completions)
     if isinstance(tree.prompt, str):
         return Rendered(tree.prompt, texts)
-    said = "".join(f"\n\n{PLAIN_NAMES[m.role]}: {m.content}" for m in turns)
+    transcript = "".join(f"\n\n{PLAIN_NAMES[m.role]}: {m.content}" for m in turns)
     if continues(turns):
-        return Rendered(said, texts)
-    return Rendered(f"{said}\n\nAssistant:", tuple(f" {t.lstrip()}" for t in texts))
+        return Rendered(transcript, texts)
+    return Rendered(f"{transcript}\n\nAssistant:", tuple(f" {t.lstrip()}" for t in texts))
 
 
 def chat(
@@ -403,27 +409,28 @@ def chat(
     """
     template = ChatTemplate(tokenizer, options, template_variables(tree))
     turns = turns_of_prompt(tree.prompt)
-    answered = [with_answer(turns, answer_turn(c)) for c in tree.completions]
+    conversations = [with_answer(turns, answer_turn(c)) for c in tree.completions]
     try:
         prompt = template.render_prompt(turns)
-        wholes = list(map(template.write, answered))
-        moved = not all(whole.startswith(prompt) for whole in wholes)
+        full_texts = list(map(template.write, conversations))
+        moved = not all(full_text.startswith(prompt) for full_text in full_texts)
         unanswered = template.write(turns[: len(turns) - continues(turns)]) if moved else ""
     except (ModelError, RowError):  # a template that does not terminate would not do so for other rows either
         raise
     except Exception as error:  # templates raise jinja errors of their own, e.g. for an unsupported system turn
         raise RowError(f"the chat template refuses it ({error})", "fix the turns or set data.template=plain") from error
-    how = ""
-    if moved and all(whole.startswith(unanswered) for whole in wholes):
-        prompt, how = prompt[: _common_prefix_length([prompt, *wholes], len(unanswered))], "shared"
+    change = ""
+    if moved and all(full_text.startswith(unanswered) for full_text in full_texts):
+        prompt, change = prompt[: _common_prefix_length([prompt, *full_texts], len(unanswered))], "shared"
     elif moved:
         answers = [c.text.strip() for c in tree.completions]
-        said = [t.strip() for m in turns for t in MARK.split(m.content)[::2] if t.strip()]
-        wholes = [
-            prompt + _continuation(prompt, whole, answer, said) for whole, answer in zip(wholes, answers, strict=True)
+        prompt_parts = [t.strip() for m in turns for t in MARK.split(m.content)[::2] if t.strip()]
+        full_texts = [
+            prompt + _continuation(prompt, full_text, answer, prompt_parts)
+            for full_text, answer in zip(full_texts, answers, strict=True)
         ]
-        how = "forced"
-    texts = tuple(whole[len(prompt) :] for whole in wholes)
+        change = "forced"
+    texts = tuple(full_text[len(prompt) :] for full_text in full_texts)
     for text, c in zip(texts, tree.completions, strict=True):
         if strict and not _contains(prompt, text, c.text):
             raise RowError(
@@ -438,17 +445,17 @@ def chat(
         if strict:
             template.check_tools([answer_turn(c)], text, offered=False)
     if strict:
-        for whole, messages in zip(wholes or [prompt], answered or [list(turns)], strict=True):
-            template.check_turns(turns, whole)
-            template.check_tools(messages, whole)
-    return Rendered(prompt, texts, how)
+        for full_text, messages in zip(full_texts or [prompt], conversations or [list(turns)], strict=True):
+            template.check_turns(turns, full_text)
+            template.check_tools(messages, full_text)
+    return Rendered(prompt, texts, change)
 
 
-def _common_prefix_length(texts: Sequence[str], least: int) -> int:
-    """The length of the texts' common prefix without a word that it cuts, but at least `least`."""
+def _common_prefix_length(texts: Sequence[str], min_length: int) -> int:
+    """The length of the texts' common prefix without a word that it cuts, but at least `min_length`."""
     shared = os.path.commonprefix(texts)  # noqa: RUF071 (characters, not paths)
     word_end = re.match(r"(?s).*[\s>\])}:]", shared)  # never cut after the "<" that "<think>" and "<b>" share
-    return max(least, word_end.end() if word_end else 0)
+    return max(min_length, word_end.end() if word_end else 0)
 
 
 def conversation(
@@ -468,17 +475,17 @@ def conversation(
         reasoning, or ends them differently), or does not end turns. Each answer is then trained on in a separate text.
     """
     template = ChatTemplate(tokenizer, options, template_variables(tree))
-    made = [_render_in_one(template, turns_with_answer(tree, c), ends, end) for c in tree.completions]
-    whole = [m for m in made if m is not None]
-    if len(whole) < len(made) or len({text for text, *_ in whole}) > 1:
+    rendered = [_render_in_one(template, turns_with_answer(tree, c), ends, end) for c in tree.completions]
+    complete = [m for m in rendered if m is not None]
+    if len(complete) < len(rendered) or len({text for text, *_ in complete}) > 1:
         return None
     # an opened thought may be shared with one of them only
-    begun = [begins for _, begins, *_ in whole]
-    prompt = min(begun, key=len)
-    if not all(b.startswith(prompt) for b in begun):
+    prompts = [p for _, p, *_ in complete]
+    prompt = min(prompts, key=len)
+    if not all(p.startswith(prompt) for p in prompts):
         return None
-    parts = tuple((b[len(prompt) :] + first, *more) for _, b, (first, *more), _ in whole)
-    moved = "shared" if any(m for *_, m in whole) else ""
+    parts = tuple((p[len(prompt) :] + first, *more) for _, p, (first, *more), _ in complete)
+    moved = "shared" if any(m for *_, m in complete) else ""
     return Rendered(prompt, tuple(map("".join, parts)), moved, turns=parts)
 
 
@@ -491,47 +498,47 @@ def _render_in_one(
         The text before the tags of the first answer to train on, the prompt for that answer, the parts after it, and whether the
         conversation contains only a part of some answer's prompt.
     """
-    learned = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
+    trained = [i for i, m in enumerate(turns) if m.role == "assistant" and m.trained]
     try:
-        whole, spans = template.answer_spans(turns)
+        text, spans = template.answer_spans(turns)
         if len(spans) != sum(m.role == "assistant" for m in turns):
-            whole, spans = template.write(turns), {}
-        tagged, moved, before = bool(spans), False, 0
-        for i in learned:
-            asked = template.write(turns[:i], generate=True)
+            text, spans = template.write(turns), {}
+        tagged, moved, first_start = bool(spans), False, 0
+        for i in trained:
+            prompt = template.write(turns[:i], generate=True)
             if tagged:
                 start, stop = spans[i]
-                before = before or start
-                begun = len(asked) if whole.startswith(asked) else _common_prefix_length([asked, whole], start)
-                moved |= start < begun < len(asked)
-                spans[i] = (begun if start < begun < stop else start), stop
+                first_start = first_start or start
+                prompt_end = len(prompt) if text.startswith(prompt) else _common_prefix_length([prompt, text], start)
+                moved |= start < prompt_end < len(prompt)
+                spans[i] = (prompt_end if start < prompt_end < stop else start), stop
                 continue
             written = cut_after_end(template.write(turns[: i + 1]), ends)
-            if not (whole.startswith(written) and written.startswith(asked)):
+            if not (text.startswith(written) and written.startswith(prompt)):
                 return None
-            spans[i] = len(asked), len(written)
+            spans[i] = len(prompt), len(written)
     except ModelError:
         raise
     except Exception:  # a template's own jinja errors; `chat` reports them answer by answer
         return None
-    template.check_turns(turns, whole)
-    template.check_tools(turns, whole)
+    template.check_turns(turns, text)
+    template.check_tools(turns, text)
     cuts: list[int] = []
-    for i in learned:
+    for i in trained:
         start, stop = spans[i]
-        stop = start + len(cut_after_end(whole[start:stop], ends))
-        if not whole[:stop].endswith(tuple(ends)):
-            behind = whole[stop:]
-            closing = next((e for e in ends if behind.lstrip().startswith(e)), "")
-            if end and not closing and i != learned[-1]:
+        stop = start + len(cut_after_end(text[start:stop], ends))
+        if not text[:stop].endswith(tuple(ends)):
+            rest = text[stop:]
+            closing = next((e for e in ends if rest.lstrip().startswith(e)), "")
+            if end and not closing and i != trained[-1]:
                 return None
-            stop += len(behind) - len(behind.lstrip()) + len(closing) if closing else 0
-        if not all(_contains(whole[:start], whole[start:stop], t) for t in (turns[i].content, turns[i].reasoning)):
+            stop += len(rest) - len(rest.lstrip()) + len(closing) if closing else 0
+        if not all(_contains(text[:start], text[start:stop], t) for t in (turns[i].content, turns[i].reasoning)):
             return None
-        template.check_tools([turns[i]], whole[start:stop], offered=False)
+        template.check_tools([turns[i]], text[start:stop], offered=False)
         cuts += start, stop
-    parts = tuple(whole[a:b] for a, b in itertools.pairwise(cuts))
-    return whole[: before or cuts[0]], whole[: cuts[0]], parts, moved
+    parts = tuple(text[a:b] for a, b in itertools.pairwise(cuts))
+    return text[: first_start or cuts[0]], text[: cuts[0]], parts, moved
 
 
 def turns_with_answer(tree: PromptTree, answer: Completion | None = None) -> list[Message]:
@@ -546,12 +553,12 @@ def split_answers(tree: PromptTree) -> list[PromptTree]:
     """Split a conversation with several answers to train on into one tree per answer; others stay as they are."""
     if not any(c.more for c in tree.completions):
         return [tree]
-    said = turns_with_answer(tree)
-    bare = tuple(replace(m, trained=True) for m in said)
+    turns = turns_with_answer(tree)
+    context = tuple(replace(m, trained=True) for m in turns)
     (answer,) = tree.completions
     return [
-        replace(tree, prompt=bare[:i], completions=(_as_answer(answer, m),))
-        for i, m in enumerate(said)
+        replace(tree, prompt=context[:i], completions=(_as_answer(answer, m),))
+        for i, m in enumerate(turns)
         if m.role == "assistant" and m.trained
     ]
 
@@ -565,31 +572,31 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 def cut_after_end(text: str, ends: Sequence[str]) -> str:
     """A text cut after the first of its trailing ends, without the white space and further ends after it."""
-    whole = text
-    while (bare := text.rstrip()).endswith(tuple(ends)):
-        end = next(e for e in ends if bare.endswith(e))
-        whole, text = bare, bare[: -len(end)]
-    return whole
+    cut = text
+    while (stripped := text.rstrip()).endswith(tuple(ends)):
+        end = next(e for e in ends if stripped.endswith(e))
+        cut, text = stripped, stripped[: -len(end)]
+    return cut
 
 
 def _contains(prompt: str, text: str, answer: str) -> bool:
     """Whether the text contains the answer, ignoring white space; the prompt may hold its start (an opened thought)."""
-    wanted, begun, written = ("".join(t.split()) for t in (answer, prompt[-len(answer) :] if answer else "", text))
-    return not wanted or (begun + written).find(wanted, max(0, len(begun) - len(wanted) + 1)) >= 0
+    wanted, tail, written = ("".join(t.split()) for t in (answer, prompt[-len(answer) :] if answer else "", text))
+    return not wanted or (tail + written).find(wanted, max(0, len(tail) - len(wanted) + 1)) >= 0
 
 
-def _continuation(prompt: str, whole: str, answer: str, said: Sequence[str]) -> str:
+def _continuation(prompt: str, full_text: str, answer: str, forbidden_texts: Sequence[str]) -> str:
     """What follows the prompt's last words in a conversation that starts differently because the system text was moved.
 
-    No text in `said` may stand between them and the answer: it would be trained on, and read twice.
+    No text in `forbidden_texts` may stand between them and the answer: it would be trained on, and read twice.
     """
-    at = max(whole.rfind(answer), 0)
+    answer_start = max(full_text.rfind(answer), 0)
     for n in range(min(len(prompt), 32), 3, -1):
-        found = whole.rfind(prompt[-n:], 0, at)
-        if found >= 0 and not any(text in whole[found + n : at] for text in said):
-            return whole[found + n :]
+        start = full_text.rfind(prompt[-n:], 0, answer_start)
+        if start >= 0 and not any(text in full_text[start + n : answer_start] for text in forbidden_texts):
+            return full_text[start + n :]
     raise RowError(
-        f"the chat template renders the prompt differently when an answer follows: {excerpt(prompt[-40:])} is not in {excerpt(whole)}",
+        f"the chat template renders the prompt differently when an answer follows: {excerpt(prompt[-40:])} is not in {excerpt(full_text)}",
         "set data.template_options to what makes both equal, or data.template=plain",
     )
 
@@ -605,18 +612,18 @@ def end_ids(tokenizer: Any, model: Any = None) -> frozenset[int]:
     They are the tokenizer's EOS, the special token that its chat template writes after an answer, and those EOS ids of the
     model's generation config that are special tokens (a model's end of turn).
     """
-    found = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    ids = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     added = getattr(tokenizer, "added_tokens_decoder", {})
     special = {i: token.content for i, token in added.items() if token.special}
-    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    named = named if isinstance(named, (list, tuple)) else [named]
-    found |= {
-        i for i in named if (isinstance(i, int) and i in special) or i in getattr(tokenizer, "all_special_ids", ())
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    configured = configured if isinstance(configured, (list, tuple)) else [configured]
+    ids |= {
+        i for i in configured if (isinstance(i, int) and i in special) or i in getattr(tokenizer, "all_special_ids", ())
     }
-    return frozenset(found | _template_ends(tokenizer, special))
+    return frozenset(ids | _template_ends(tokenizer, special))
 
 
-def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
+def _template_ends(tokenizer: Any, special_tokens: Mapping[int, str]) -> set[int]:
     """The special token with which the chat template ends an answer, and the one with which it ends a turn that calls tools.
 
     Of several in a row, it is the last one that also follows an answer in mid-conversation: some templates end the answer
@@ -624,42 +631,44 @@ def _template_ends(tokenizer: Any, special: Mapping[int, str]) -> set[int]:
     """
     if not uses_chat("auto", tokenizer):
         return set()
-    ids = {content: i for i, content in special.items() if content}
-    known = any_of(ids)
-    asked, answer = Message("user", "Which?"), Message("assistant", ANSWER)
+    ids = {content: i for i, content in special_tokens.items() if content}
+    pattern = any_of(ids)
+    question, answer = Message("user", "Which?"), Message("assistant", ANSWER)
 
-    def run(turns: Sequence[Message]) -> list[str]:
-        found: list[str] = []
-        behind = _try_write(tokenizer, form, turns).rpartition(ANSWER)[2].lstrip()
-        while (match := known.match(behind)) is not None:
-            found.append(match[0])
-            behind = behind[match.end() :]
-        return found
+    def ends_after(turns: Sequence[Message]) -> list[str]:
+        tokens: list[str] = []
+        rest = _try_write(tokenizer, form, turns).rpartition(ANSWER)[2].lstrip()
+        while (match := pattern.match(rest)) is not None:
+            tokens.append(match[0])
+            rest = rest[match.end() :]
+        return tokens
 
     form = _form(tokenizer, False)
-    last, within = run((asked, answer)), run((asked, answer, Message("user", "Why?")))
-    both = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(last, within, strict=False))]
-    ends = {*(both[-1:] or last[:1])}
-    tools = _form(tokenizer, True)
-    if "calls" not in tools.lacks:
+    last, within = ends_after((question, answer)), ends_after((question, answer, Message("user", "Why?")))
+    common = [a for a, b in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(last, within, strict=False))]
+    ends = {*(common[-1:] or last[:1])}
+    tool_form = _form(tokenizer, True)
+    if "calls" not in tool_form.lacks:
         call = {"id": "call12345", "type": "function", "function": {"name": NAME, "arguments": {"eland": VALUE}}}
         once, twice = (
-            _try_write(tokenizer, tools, (asked, Message("assistant", "", tool_calls=json.dumps([call] * n)))).rstrip()
+            _try_write(
+                tokenizer, tool_form, (question, Message("assistant", "", tool_calls=json.dumps([call] * n)))
+            ).rstrip()
             for n in (1, 2)
         )
         closing = next((c for c in sorted(ids, key=len, reverse=True) if VALUE in once and once.endswith(c)), "")
-        opened = _write_tail(tokenizer, form, asked)
-        if closing and closing not in opened and (not twice or once.count(closing) == twice.count(closing)):
+        generation_prompt = _write_tail(tokenizer, form, question)
+        if closing and closing not in generation_prompt and (not twice or once.count(closing) == twice.count(closing)):
             ends.add(closing)
     return {ids[e] for e in ends}
 
 
-def _write_tail(tokenizer: Any, form: Form, asked: Message) -> str:
+def _write_tail(tokenizer: Any, form: Form, question: Message) -> str:
     """The generation prompt that the template appends."""
-    bare, given = _try_write(tokenizer, form, (asked,)), ""
+    turns_text, prompted = _try_write(tokenizer, form, (question,)), ""
     with suppress(Exception):  # the template's own jinja errors
-        given = _write(tokenizer, form, (asked,), {}, add_generation_prompt=True)
-    return given[len(bare) :] if given.startswith(bare) else ""
+        prompted = _write(tokenizer, form, (question,), {}, add_generation_prompt=True)
+    return prompted[len(turns_text) :] if prompted.startswith(turns_text) else ""
 
 
 def set_eos_token_ids(model: Any, tokenizer: Any) -> None:

@@ -109,16 +109,16 @@ class TokenizedDataset:
         if self.split_documents:
             parts.append(f"{counted(self.split_documents, 'long document')} split into chunks")
         if self.moved_prompts:
-            moved = counted(self.moved_prompts, "prompt")
-            parts.append(f"{moved} that the template renders differently once an answer follows")
+            prompts = counted(self.moved_prompts, "prompt")
+            parts.append(f"{prompts} that the template renders differently once an answer follows")
             kinds = (
                 (self.moved_prompts - self.forced_prompts, "cut to what both share"),
                 (self.forced_prompts, "kept, with the answer put behind"),
             )
-            parts[-1] += f" ({'; '.join(f'{n:,} {what}' for n, what in kinds if n)})"
+            parts[-1] += f" ({'; '.join(f'{n:,} {kind}' for n, kind in kinds if n)})"
         if self.apart:
-            what = counted(self.apart, "conversation")
-            parts.append(f"{what} learned answer by answer (one text would not match what the model sees)")
+            conversations = counted(self.apart, "conversation")
+            parts.append(f"{conversations} learned answer by answer (one text would not match what the model sees)")
         if self.cut_prompts:
             parts.append(f"{counted(len(self.cut_prompts), 'prompt')} without the start (cut)")
         if self.cut_completions:
@@ -176,7 +176,7 @@ class Tokenization:
 
     def all(self, rows: Sequence[PromptTree]) -> TokenizedDataset:
         """Tokenize all rows, in memory."""
-        return self.result(tuple(tree for made, _ in self.by_row(rows) for tree in made), len(rows))
+        return self.result(tuple(tree for trees, _ in self.by_row(rows) for tree in trees), len(rows))
 
     def by_row(self, rows: Sequence[PromptTree]) -> Iterator[tuple[list[TokenTree], int]]:
         """Yield the trees and the mark of each row, in order.
@@ -186,19 +186,19 @@ class Tokenization:
         for start in range(0, len(rows), CHUNK):
             part = rows[start : start + CHUNK]
             rendered = [self._render_or_error(tree) for tree in part]
-            encoded = iter(self.encode([r for of_row in rendered for r in of_row]))
-            for tree, of_row in zip(part, rendered, strict=True):
-                how = {r.moved for r in of_row if isinstance(r, Rendered)}
-                self.mark = Mark.MOVED * any(how) | Mark.FORCED * ("forced" in how)
-                self.mark |= Mark.APART * (len(of_row) > 1)
-                made = self._tokenize_row(tree, [next(encoded) for _ in of_row])
+            encoded = iter(self.encode([r for items in rendered for r in items]))
+            for tree, items in zip(part, rendered, strict=True):
+                moves = {r.moved for r in items if isinstance(r, Rendered)}
+                self.mark = Mark.MOVED * any(moves) | Mark.FORCED * ("forced" in moves)
+                self.mark |= Mark.APART * (len(items) > 1)
+                trees = self._tokenize_row(tree, [next(encoded) for _ in items])
                 self._cut_prompts += [tree.source] * bool(self.mark & Mark.CUT_PROMPT)
                 self._cut_completions += [tree.source] * bool(self.mark & Mark.CUT_COMPLETION)
                 self._split += bool(self.mark & Mark.SPLIT)
                 self._moved += is_moved(self.mark)
                 self._forced += is_forced(self.mark)
                 self._apart += is_split(self.mark)
-                yield made, self.mark
+                yield trees, self.mark
 
     def _render_or_error(self, tree: PromptTree) -> Sequence[Rendered | RowError]:
         try:
@@ -207,12 +207,12 @@ class Tokenization:
             return [error]
 
     def _tokenize_row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
-        made: list[TokenTree] = []
+        trees: list[TokenTree] = []
         try:
-            for ids in of_row:
-                if isinstance(ids, RowError):
-                    raise ids
-                made += self.fit_row(tree.source, *ids)
+            for encoded in of_row:
+                if isinstance(encoded, RowError):
+                    raise encoded
+                trees += self.fit_row(tree.source, *encoded)
         except RowError as error:
             if self.on_bad_row == "error":
                 raise DataError(tree.source, error.what, f"{error.how} (or set data.on_bad_row=skip)") from error
@@ -221,14 +221,14 @@ class Tokenization:
             self.mark |= Mark.ASIDE
             return []
         labels, scores = tuple(c.label for c in tree.completions), tuple(c.score for c in tree.completions)
-        first, self._number = self._number, self._number + len(made)
-        more: dict[str, Any] = {"labels": labels, "scores": scores, "origin": tree.origin, "weight": tree.weight}
-        return [replace(one, row=first + i, **more) for i, one in enumerate(made)]
+        first, self._number = self._number, self._number + len(trees)
+        fields: dict[str, Any] = {"labels": labels, "scores": scores, "origin": tree.origin, "weight": tree.weight}
+        return [replace(t, row=first + i, **fields) for i, t in enumerate(trees)]
 
-    def check_different(self, completions: Sequence[Ids], cut: bool) -> None:
+    def check_different(self, completions: Sequence[Ids], was_cut: bool) -> None:
         """Reject a pair whose answers are the same tokens, unless such pairs are kept."""
         if self.identical != "keep" and len(completions) == 2 and completions[0] == completions[1]:
-            where = f"after the cut to {self.max_length} tokens" if cut else "in tokens"
+            where = f"after the cut to {self.max_length} tokens" if was_cut else "in tokens"
             raise RowError(f"{IDENTICAL} {where}", "raise data.max_length, drop it, or set data.identical=keep")
 
     def result(self, trees: Sequence[TokenTree], total: int) -> TokenizedDataset:
@@ -249,8 +249,8 @@ def encode_in_context(
     Args:
         strict: a row whose ids do not decode to its text is a bad row; False: its completion is encoded by itself.
     """
-    begins = any_of(t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values())
-    contexts = {p: _context_of(p, begins) for p in {r.prompt: None for r in rendered if not isinstance(r, RowError)}}
+    specials = any_of(t.content for t in getattr(tokenizer, "added_tokens_decoder", {}).values())
+    contexts = {p: _context_of(p, specials) for p in {r.prompt: None for r in rendered if not isinstance(r, RowError)}}
     texts: dict[str, None] = {}
     for r in rendered:
         if not isinstance(r, RowError):
@@ -258,40 +258,40 @@ def encode_in_context(
             texts |= dict.fromkeys((r.prompt, context, *(context + t for t in r.completions)))
     by_text = dict(zip(texts, encode_texts(tokenizer, list(texts)), strict=True))
 
-    def encoded(r: Rendered | RowError) -> Encoded | RowError:
-        if isinstance(r, RowError):
-            return r
-        context, found = contexts[r.prompt], []
-        before = by_text[context]
-        for text in r.completions:
-            whole = by_text[context + text]
-            if whole[: len(before)] == before:
-                found.append(whole[len(before) :])
+    def encode_row(rendered_row: Rendered | RowError) -> Encoded | RowError:
+        if isinstance(rendered_row, RowError):
+            return rendered_row
+        context, completions = contexts[rendered_row.prompt], []
+        context_ids = by_text[context]
+        for text in rendered_row.completions:
+            ids = by_text[context + text]
+            if ids[: len(context_ids)] == context_ids:
+                completions.append(ids[len(context_ids) :])
                 continue
-            completion = _split_at(tokenizer, before, whole, context, text)
+            completion = _split_at(tokenizer, context_ids, ids, context, text)
             if completion is None and strict:
                 return RowError(
                     f"prompt and answer do not decode to their text: {excerpt(context)} and {excerpt(text)}",
                     "move white space between the prompt's end and the answer's start",
                 )
-            found.append(encode_texts(tokenizer, [text])[0] if completion is None else completion)
-        return Encoded(by_text[r.prompt], found)
+            completions.append(encode_texts(tokenizer, [text])[0] if completion is None else completion)
+        return Encoded(by_text[rendered_row.prompt], completions)
 
-    return [encoded(r) for r in rendered]
+    return [encode_row(r) for r in rendered]
 
 
-def _context_of(prompt: str, begins: re.Pattern[str]) -> str:
+def _context_of(prompt: str, start_pattern: re.Pattern[str]) -> str:
     """The end of a prompt that the ids after it depend on: from its last special token or, in plain text, a word's start."""
     if len(prompt) <= CONTEXT:
         return prompt
     tail = prompt[-CONTEXT:]
-    specials = [m.start() for m in begins.finditer(tail)]
+    specials = [m.start() for m in start_pattern.finditer(tail)]
     word = re.search(r"\s\S", tail)
     return tail[specials[-1] :] if specials else tail[word.start() :] if word else tail
 
 
-def _split_at(tokenizer: Any, before: Ids, whole: Ids, context: str, text: str) -> Ids | None:
-    """The ids of `text` after `context`, if `whole` (the ids of both) does not start with `before` (those of `context`).
+def _split_at(tokenizer: Any, context_ids: Ids, joint_ids: Ids, context: str, text: str) -> Ids | None:
+    """The ids of `text` after `context`, if `joint_ids` (the ids of both) does not start with `context_ids` (those of `context`).
 
     Either the context is encoded differently by itself and a token still starts at the boundary, or a token spans the boundary and
     the text is encoded after another anchor. The result must decode to the whole; None if nothing does.
@@ -299,15 +299,17 @@ def _split_at(tokenizer: Any, before: Ids, whole: Ids, context: str, text: str) 
     candidates = []
     if getattr(tokenizer, "is_fast", False):
         offsets = tokenizer(context + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        at = next((i for i, (start, _) in enumerate(offsets["offset_mapping"]) if start >= len(context)), len(whole))
-        candidates.append(whole[at:])
+        boundary = next(
+            (i for i, (start, _) in enumerate(offsets["offset_mapping"]) if start >= len(context)), len(joint_ids)
+        )
+        candidates.append(joint_ids[boundary:])
     for anchor in ("\n", ".", tokenizer.eos_token or "", ""):
-        head, both = encode_texts(tokenizer, [anchor, anchor + text])
-        if both[: len(head)] == head:
-            candidates.append(both[len(head) :])
-    how = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-    wanted = tokenizer.decode(whole, **how)
-    return next((c for c in candidates if tokenizer.decode([*before, *c], **how) == wanted), None)
+        anchor_ids, joined_ids = encode_texts(tokenizer, [anchor, anchor + text])
+        if joined_ids[: len(anchor_ids)] == anchor_ids:
+            candidates.append(joined_ids[len(anchor_ids) :])
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    expected = tokenizer.decode(joint_ids, **options)
+    return next((c for c in candidates if tokenizer.decode([*context_ids, *c], **options) == expected), None)
 
 
 def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
@@ -319,13 +321,13 @@ def encode_texts(tokenizer: Any, texts: list[str]) -> list[Ids]:
 
     if not texts:
         return []
-    plain = all(
+    is_plain = all(
         getattr(type(tokenizer), name, None) is getattr(PreTrainedTokenizerFast, name, tokenizer)
         for name in ("__call__", "_encode_plus")
     )
-    if not plain:
-        found: list[Ids] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return found
+    if not is_plain:
+        ids: list[Ids] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
     tokenizer(texts[0], add_special_tokens=False, verbose=False)  # resets the backend: no padding, no truncation
     return [e.ids for e in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -381,10 +383,10 @@ class CausalTokenization(Tokenization):
             name = getattr(tokenizer, "name_or_path", "") or "tokenizer"
             what = "the tokenizer has no EOS token, so a model could not learn to stop"
             raise ModelError(name, what, "set eos_token in its tokenizer_config.json")
-        chats = uses_chat(template, tokenizer)
-        if template == "chat" and not chats:
+        use_chat = uses_chat(template, tokenizer)
+        if template == "chat" and not use_chat:
             raise ConfigError("data.template", "the tokenizer has no chat template", "set data.template=plain or auto")
-        self.template = "chat" if chats and kind != "text" else "plain"
+        self.template = "chat" if use_chat and kind != "text" else "plain"
         if set(template_options or ()) - {DATE} and self.template != "chat":
             what = "no chat template is in use"
             raise ConfigError("data.template_options", what, "leave them out")
@@ -399,9 +401,9 @@ class CausalTokenization(Tokenization):
         """Render the answers, each up to its first end: white space or a second EOS that a template writes after it is dropped."""
         several = any(c.more for c in tree.completions)
         if several and self.template == "chat":
-            whole = conversation(tree, self.tokenizer, self.options, self.end_texts, end=self.eos is not None)
-            if whole is not None:
-                return [whole]
+            rendered = conversation(tree, self.tokenizer, self.options, self.end_texts, end=self.eos is not None)
+            if rendered is not None:
+                return [rendered]
         if several and len(tree.completions) > 1:
             raise RowError(
                 "its answers differ in several turns, which needs a chat template that leaves earlier turns as they are",
@@ -419,8 +421,12 @@ class CausalTokenization(Tokenization):
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
         """Encode each part of a conversation after what precedes it, so that no token spans the edge of a part to train on."""
         parts = [_parts(r) if isinstance(r, Rendered) else [r] for r in rendered]
-        found = iter(encode_in_context(self.tokenizer, [p for of_row in parts for p in of_row], strict=self.strict))
-        return [_join_parts(r, [next(found) for _ in of_row]) for r, of_row in zip(rendered, parts, strict=True)]
+        encoded = iter(
+            encode_in_context(self.tokenizer, [p for row_parts in parts for p in row_parts], strict=self.strict)
+        )
+        return [
+            _join_parts(r, [next(encoded) for _ in row_parts]) for r, row_parts in zip(rendered, parts, strict=True)
+        ]
 
     def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Turns = ()) -> list[TokenTree]:
         prompt = self._start(prompt)
@@ -455,13 +461,14 @@ class CausalTokenization(Tokenization):
             return completion
         return [*completion, self.eos]
 
-    def _cut(self, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
+    def _cut(
+        self, prompt: Ids, completions: list[Ids], longest_completion: int
+    ) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
         if self.truncation == "bad_row":
-            tokens = f"{len(prompt) + longest} tokens"
+            tokens = f"{len(prompt) + longest_completion} tokens"
             raise RowError(f"{tokens} are more than max_length {self.max_length}", "raise data.max_length")
-        keep = min(
-            len(prompt), max(self.max_length - longest, self.max_length // 2)
-        )  # all of it, if there is only a prompt
+        # the whole prompt, if there are no completions
+        keep = min(len(prompt), max(self.max_length - longest_completion, self.max_length // 2))
         if keep < len(prompt):
             bos = prompt[:1] if prompt[0] == self.bos_id else []
             prompt = [*bos, *prompt[len(prompt) - keep + len(bos) :]]
@@ -490,27 +497,28 @@ def _join_parts(rendered: Rendered | RowError, parts: Sequence[Encoded | RowErro
     """Join the ids of a row's parts."""
     if isinstance(rendered, RowError) or not rendered.turns:
         return parts[0]
-    found: list[Ids] = []
+    part_ids: list[Ids] = []
     for part in parts:
         if isinstance(part, RowError):
             return part
-        found += part.completions
+        part_ids += part.completions
     assert isinstance(parts[0], Encoded)
-    each = iter(found)
-    completions = [[next(each) for _ in turns] for turns in rendered.turns]
+    remaining = iter(part_ids)
+    completions = [[next(remaining) for _ in turns] for turns in rendered.turns]
     lengths = tuple(tuple(map(len, ids)) for ids in completions)
     return Encoded(parts[0].prompt, [list(itertools.chain(*ids)) for ids in completions], lengths)
 
 
-def _tree(source: str, prompt: Ids, completions: list[Ids], cut: tuple[bool, ...], turns: Turns = ()) -> TokenTree:
+def _tree(
+    source: str, prompt: Ids, completions: list[Ids], truncated: tuple[bool, ...], turns: Turns = ()
+) -> TokenTree:
     arrays = tuple(np.array(c, dtype=np.int32) for c in completions)
     masks: list[np.ndarray] = []
-    for ids, parts in zip(
-        completions, turns, strict=bool(turns)
-    ):  # the last part is trained on, and so is an EOS after it
+    # the last part is trained on, and so is an EOS after it
+    for ids, parts in zip(completions, turns, strict=bool(turns)):
         mask = np.repeat(np.arange(len(parts)) % 2 == 0, parts)[: len(ids)]
         masks.append(np.pad(mask, (0, len(ids) - len(mask)), constant_values=True))
-    return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, cut, source, masks=tuple(masks))
+    return TokenTree(0, np.array(prompt, dtype=np.int32), arrays, truncated, source, masks=tuple(masks))
 
 
 # ---- Encoders: prompt and completion as the text pair that a BERT-type model was trained on ----
@@ -603,21 +611,21 @@ class PairTokenization(Tokenization):
 
     def fit_row(self, source: str, prompt: Ids, completions: list[Ids], turns: Turns = ()) -> list[TokenTree]:
         layout = self.layout
-        kept_prompt, kept = cut_to_fit(prompt, completions, self.max_length - layout.specials)
-        cut = tuple(len(k) < len(c) for k, c in zip(kept, completions, strict=True))
+        kept_prompt, kept_completions = cut_to_fit(prompt, completions, self.max_length - layout.specials)
+        cut = tuple(len(k) < len(c) for k, c in zip(kept_completions, completions, strict=True))
         if self.truncation == "bad_row" and (any(cut) or len(kept_prompt) < len(prompt)):
             raise RowError(f"it has more than max_length {self.max_length} tokens", "raise data.max_length")
-        self.check_different(kept, any(cut))
+        self.check_different(kept_completions, any(cut))
         self.mark = Mark.CUT_PROMPT * (len(kept_prompt) < len(prompt)) | Mark.CUT_COMPLETION * any(cut)
-        before = [*layout.before, *kept_prompt, *layout.between]
-        return [_tree(source, before, [[*k, *layout.after] for k in kept], cut)]
+        prompt_ids = [*layout.before, *kept_prompt, *layout.between]
+        return [_tree(source, prompt_ids, [[*k, *layout.after] for k in kept_completions], cut)]
 
 
-def cut_to_fit(prompt: Ids, completions: Sequence[Ids], room: int) -> tuple[Ids, list[Ids]]:
-    """Cut prompt and completions to `room` tokens: first the start of the prompt, then the ends of the completions."""
+def cut_to_fit(prompt: Ids, completions: Sequence[Ids], max_tokens: int) -> tuple[Ids, list[Ids]]:
+    """Cut prompt and completions to `max_tokens` tokens: first the start of the prompt, then the ends of the completions."""
     longest = max(map(len, completions), default=0)
-    keep = min(len(prompt), max(0, room - longest))
-    return prompt[len(prompt) - keep :], [c[:room] for c in completions]
+    keep = min(len(prompt), max(0, max_tokens - longest))
+    return prompt[len(prompt) - keep :], [c[:max_tokens] for c in completions]
 
 
 def same_tokens(a: Any, b: Any, *, template: bool = True) -> bool:
@@ -633,10 +641,10 @@ def _definition(tokenizer: Any, template: bool) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return sorted(tokenizer.get_vocab().items())
-    parts = json.loads(backend.to_str())
+    definition = json.loads(backend.to_str())
     used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
     only_padding = tokenizer.pad_token_id if tokenizer.pad_token_id not in used else None
-    kept = {k: v for k, v in parts.items() if k not in ("padding", "truncation", "added_tokens")}
-    added = [t for t in parts.get("added_tokens", []) if t["id"] != only_padding]
-    chat = getattr(tokenizer, "chat_template", None) if template else None
-    return kept, added, tokenizer.bos_token_id, tokenizer.eos_token_id, chat
+    settings = {k: v for k, v in definition.items() if k not in ("padding", "truncation", "added_tokens")}
+    added = [t for t in definition.get("added_tokens", []) if t["id"] != only_padding]
+    chat_template = getattr(tokenizer, "chat_template", None) if template else None
+    return settings, added, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template

@@ -42,8 +42,8 @@ class PicturedTokenization(CausalTokenization):
     def __init__(self, processor: Any, kind: str, **how: Any) -> None:
         super().__init__(processor.tokenizer, kind, **how)
         self.processor, self._writer = processor, _PartsTokenizer(processor.tokenizer)
-        stand_for = *(processor.image_token_ids or ()), getattr(processor, "image_token_id", None)
-        self._pictured = frozenset(i for i in stand_for if isinstance(i, int))
+        image_token_ids = *(processor.image_token_ids or ()), getattr(processor, "image_token_id", None)
+        self._pictured = frozenset(i for i in image_token_ids if isinstance(i, int))
         if self.template != "chat":
             what = "pictures need a chat template, and " + (
                 "plain text is asked for" if how.get("template") == "plain" else "there is none"
@@ -56,17 +56,17 @@ class PicturedTokenization(CausalTokenization):
         if any(c.more for c in tree.completions):
             what = "several answers of a conversation with pictures are learned at once"
             raise RowError(what, "set data.layout_options.turns=every")
-        plain = chat(tree, self._writer, self.options, strict=self.strict)
-        ended = tuple(cut_after_end(c, self.end_texts) for c in plain.completions)
-        made = _Rendered(plain.prompt, ended, plain.moved)
-        made.images = tree.images
-        return [made]
+        rendered = chat(tree, self._writer, self.options, strict=self.strict)
+        completions = tuple(cut_after_end(c, self.end_texts) for c in rendered.completions)
+        with_images = _Rendered(rendered.prompt, completions, rendered.moved)
+        with_images.images = tree.images
+        return [with_images]
 
     def encode(self, rendered: Sequence[Rendered | RowError]) -> list[Encoded | RowError]:
-        found = super().encode(rendered)
+        encoded = super().encode(rendered)
         return [
             self._with_pictures(r, e) if isinstance(r, _Rendered) and isinstance(e, Encoded) else e
-            for r, e in zip(rendered, found, strict=True)
+            for r, e in zip(rendered, encoded, strict=True)
         ]
 
     def _with_pictures(self, rendered: _Rendered, encoded: Encoded) -> Encoded | RowError:
@@ -77,9 +77,9 @@ class PicturedTokenization(CausalTokenization):
             return RowError(f"the picture {error.where} cannot be used: {error.what}", error.how)
         except Exception as error:  # whatever a processor raises: a placeholder too many in the text, a side too long
             return RowError(f"the model's processor refuses it ({str(error)[:200]})", "fix the row, or drop it")
-        made = _Encoded(ids, encoded.completions)
-        made.pictures = pictures
-        return made
+        with_pictures = _Encoded(ids, encoded.completions)
+        with_pictures.pictures = pictures
+        return with_pictures
 
     def fit_row(
         self, source: str, prompt: Ids, completions: list[Ids], turns: Sequence[Sequence[int]] = ()
@@ -88,25 +88,27 @@ class PicturedTokenization(CausalTokenization):
             raise RowError("an answer holds a token that stands for a picture", "take it out, or drop the row")
         return super().fit_row(source, prompt, completions, turns)
 
-    def _cut(self, prompt: Ids, completions: list[Ids], longest: int) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
-        pictured = sum(i in self._pictured for i in prompt)
-        if pictured:
-            what = f"{len(prompt) + longest} tokens, {pictured} of them of pictures, are more than max_length {self.max_length}"
+    def _cut(
+        self, prompt: Ids, completions: list[Ids], longest_completion: int
+    ) -> tuple[Ids, list[Ids], tuple[bool, ...]]:
+        image_tokens = sum(i in self._pictured for i in prompt)
+        if image_tokens:
+            what = f"{len(prompt) + longest_completion} tokens, {image_tokens} of them of pictures, are more than max_length {self.max_length}"
             raise RowError(what, "raise data.max_length, or have smaller pictures (model.image_options)")
-        return super()._cut(prompt, completions, longest)
+        return super()._cut(prompt, completions, longest_completion)
 
     def _tokenize_row(self, tree: PromptTree, of_row: Sequence[Encoded | RowError]) -> list[TokenTree]:
-        whole = [e for e in of_row if isinstance(e, Encoded)]
-        if not tree.images and any(not self._pictured.isdisjoint(e.prompt) for e in whole):
+        encoded = [e for e in of_row if isinstance(e, Encoded)]
+        if not tree.images and any(not self._pictured.isdisjoint(e.prompt) for e in encoded):
             of_row = [
                 RowError(
                     "its prompt holds a token that stands for a picture, and it has none",
                     "give the picture, or drop the row",
                 )
             ]
-        made = super()._tokenize_row(tree, of_row)
-        pictures = next((e.pictures for e in whole if isinstance(e, _Encoded)), None)
-        return made if pictures is None else [replace(one, pictures=pictures) for one in made]
+        trees = super()._tokenize_row(tree, of_row)
+        pictures = next((e.pictures for e in encoded if isinstance(e, _Encoded)), None)
+        return trees if pictures is None else [replace(t, pictures=pictures) for t in trees]
 
 
 class _PartsTokenizer:
@@ -127,14 +129,14 @@ def _as_parts(turn: Mapping[str, Any]) -> dict[str, Any]:
     parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
     if not any(MARK.search(p.get("text", "")) for p in parts):
         return dict(turn)
-    made: list[dict[str, Any]] = []
+    expanded: list[dict[str, Any]] = []
     for part in parts:
         for i, text in enumerate(MARK.split(part.get("text", ""))):  # texts and the marks' hashes alternate
             if i % 2:
-                made.append({"type": "image"})
+                expanded.append({"type": "image"})
             elif text:
-                made.append({"type": "text", "text": text})
-    return {**turn, "content": made}
+                expanded.append({"type": "text", "text": text})
+    return {**turn, "content": expanded}
 
 
 def inputs_of(processor: Any, prompts: Sequence[PicturedPrompt]) -> Any:

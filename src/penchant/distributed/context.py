@@ -41,14 +41,14 @@ def my_tokens(row: Tensor) -> Tensor:
     """This rank's part (T / n,) of a packed row (T,), which is padded with zeros to a multiple of n."""
     world = current()
     share = -(-len(row) // world.context)
-    filled = torch.cat([row, row.new_zeros(share * world.context - len(row))])
-    return filled.narrow(0, world.rank % world.context * share, share)
+    padded = torch.cat([row, row.new_zeros(share * world.context - len(row))])
+    return padded.narrow(0, world.rank % world.context * share, share)
 
 
-def all_tokens(mine: Tensor, count: int) -> Tensor:
+def all_tokens(local: Tensor, count: int) -> Tensor:
     """Gather the hidden states (T, d) of a row of `count` tokens from the parts (T / n, d) of all ranks."""
-    found: Tensor = _Together.apply(mine)
-    return found[:count]
+    hidden: Tensor = _Together.apply(local)
+    return hidden[:count]
 
 
 def part_of_heads(x: Tensor, count: int) -> Tensor:
@@ -61,17 +61,17 @@ def part_of_heads(x: Tensor, count: int) -> Tensor:
     if x.shape[1] % n:
         raise ModelError("launch.context", f"is {n}, and the model has {x.shape[1]} heads of a kind", "give a divisor")
     parts = x.view(x.shape[0], n, -1, x.shape[2]).transpose(0, 1)
-    found: Tensor = _Exchanged.apply(parts)
-    return found.flatten(0, 1)[:count]
+    exchanged: Tensor = _Exchanged.apply(parts)
+    return exchanged.flatten(0, 1)[:count]
 
 
 def part_of_tokens(x: Tensor) -> Tensor:
     """The inverse of `part_of_heads`."""
     n = current().context
     share = -(-len(x) // n)
-    filled = torch.cat([x, x.new_zeros(share * n - len(x), *x.shape[1:])])
-    found: Tensor = _Exchanged.apply(filled.unflatten(0, (n, share)))
-    return found.transpose(0, 1).flatten(1, 2)
+    padded = torch.cat([x, x.new_zeros(share * n - len(x), *x.shape[1:])])
+    exchanged: Tensor = _Exchanged.apply(padded.unflatten(0, (n, share)))
+    return exchanged.transpose(0, 1).flatten(1, 2)
 
 
 def my_heads(per_head: Tensor | None) -> Tensor | None:
@@ -88,9 +88,9 @@ class _Exchanged(torch.autograd.Function):
         import torch.distributed as dist
 
         parts = parts.contiguous()
-        found = torch.empty_like(parts)
-        dist.all_to_all_single(found, parts, group=current().context_group)
-        return found
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=current().context_group)
+        return received
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -101,13 +101,13 @@ class _Together(torch.autograd.Function):
     """Concatenate the parts of all ranks. The gradient of a part is the sum of the gradients from all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, mine: Tensor) -> Tensor:
+    def forward(ctx: Any, local: Tensor) -> Tensor:
         import torch.distributed as dist
 
         world = current()
-        found = mine.new_empty(world.context * mine.shape[0], *mine.shape[1:])
-        dist.all_gather_into_tensor(found, mine.contiguous(), group=world.context_group)
-        return found
+        gathered = local.new_empty(world.context * local.shape[0], *local.shape[1:])
+        dist.all_gather_into_tensor(gathered, local.contiguous(), group=world.context_group)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -115,6 +115,6 @@ class _Together(torch.autograd.Function):
 
         world = current()
         grad = grads[0].contiguous()
-        found = grad.new_empty(grad.shape[0] // world.context, *grad.shape[1:])
-        dist.reduce_scatter_tensor(found, grad, group=world.context_group)
-        return found
+        reduced = grad.new_empty(grad.shape[0] // world.context, *grad.shape[1:])
+        dist.reduce_scatter_tensor(reduced, grad, group=world.context_group)
+        return reduced

@@ -34,13 +34,13 @@ class Piece:
     """A region of every process's file, at the same offset in each.
 
     Args:
-        used: number of the exchange that it was last used for; seen: its mapping by rank, as far as it is mapped.
+        used: number of the exchange that it was last used for; views: its mapping by rank, as far as it is mapped.
     """
 
     at: int
     size: int
     used: int = 0
-    seen: dict[int, Tensor] = field(default_factory=dict)
+    views: dict[int, Tensor] = field(default_factory=dict)
 
 
 class Exchange:
@@ -57,7 +57,7 @@ class Exchange:
         self.rank, self._files, self._end = rank, files, mmap.PAGESIZE
         self._pieces: dict[tuple[str, int], list[Piece]] = {}
         self._counts: dict[str, int] = {}
-        self._there = torch.zeros(1)
+        self._barrier = torch.zeros(1)
 
     @classmethod
     @lru_cache(maxsize=1)
@@ -68,10 +68,11 @@ class Exchange:
             descriptor = os.memfd_create("penchant")
             os.write(descriptor, token)
         files: list[int] = []
-        for pid, number, said in world.gather((os.getpid(), descriptor, token)):
+        for pid, remote_fd, remote_token in world.gather((os.getpid(), descriptor, token)):
             with suppress(OSError):
-                files.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR))
-                if os.pread(files[-1], _TOKEN, 0) != said:  # on another machine, this path may be an unrelated file
+                files.append(os.open(f"/proc/{pid}/fd/{remote_fd}", os.O_RDWR))
+                # on another machine, this path may be an unrelated file
+                if os.pread(files[-1], _TOKEN, 0) != remote_token:
                     os.close(files.pop())
         if all(world.gather(len(files) == world.size)):
             return cls(files, world.rank)
@@ -83,27 +84,27 @@ class Exchange:
         """The region of `size` bytes for the next exchange of a kind. All processes must make the same calls in the same order."""
         count = self._counts[kind] = self._counts.get(kind, 0) + 1
         pieces = self._pieces.setdefault((kind, size), [])
-        found = next((p for p in pieces if p.used < count - 1), None)
-        if found is None:
-            found = Piece(self._end, size)
-            pieces.append(found)
+        piece = next((p for p in pieces if p.used < count - 1), None)
+        if piece is None:
+            piece = Piece(self._end, size)
+            pieces.append(piece)
             self._end += -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
-        found.used = count
-        return found
+        piece.used = count
+        return piece
 
-    def seen(self, piece: Piece, rank: int, dtype: torch.dtype) -> Tensor:
+    def view_of(self, piece: Piece, rank: int, dtype: torch.dtype) -> Tensor:
         """A piece of a rank's file as a vector."""
-        if rank not in piece.seen:
+        if rank not in piece.views:
             os.posix_fallocate(self._files[rank], piece.at, piece.size)  # the first rank that gets here allocates it
             mapped = mmap.mmap(self._files[rank], piece.size, offset=piece.at)
-            piece.seen[rank] = torch.frombuffer(mapped, dtype=torch.uint8)
-        return piece.seen[rank].view(dtype)
+            piece.views[rank] = torch.frombuffer(mapped, dtype=torch.uint8)
+        return piece.views[rank].view(dtype)
 
     def meet(self, group: Any) -> None:
         """Wait for all ranks of a group."""
-        dist.all_reduce(self._there, group=group)
+        dist.all_reduce(self._barrier, group=group)
 
-    def shown(self, rows: Sequence[Tensor], group: Any) -> list[Tensor]:
+    def exchange_rows(self, rows: Sequence[Tensor], group: Any) -> list[Tensor]:
         """Show the other ranks rows of equal length, at most `SLOT` bytes together, and wait for theirs.
 
         Returns:
@@ -111,10 +112,10 @@ class Exchange:
         """
         dtype, shape = rows[0].dtype, (len(rows), rows[0].numel())
         piece, count = self.piece("slot", SLOT), shape[0] * shape[1]
-        for slot, row in zip(self.seen(piece, self.rank, dtype)[:count].view(shape), rows, strict=True):
+        for slot, row in zip(self.view_of(piece, self.rank, dtype)[:count].view(shape), rows, strict=True):
             slot.copy_(row)
         self.meet(group)
-        return [self.seen(piece, rank, dtype)[:count].view(shape) for rank in dist.get_process_group_ranks(group)]
+        return [self.view_of(piece, rank, dtype)[:count].view(shape) for rank in dist.get_process_group_ranks(group)]
 
 
 @dataclass(slots=True)
@@ -137,7 +138,7 @@ class Transport:
             _make_room(count * dtype.itemsize)
             return torch.empty(size, dtype=dtype)
         self.piece = self.exchange.piece("vector", count * dtype.itemsize)
-        return self.exchange.seen(self.piece, rank, dtype).view(size)
+        return self.exchange.view_of(self.piece, rank, dtype).view(size)
 
 
 class Gather(Transport):
@@ -151,12 +152,12 @@ class Gather(Transport):
         if self.piece is not None:
             self.exchange.meet(group)
             return
-        mine = group.rank()
+        own_rank = group.rank()
         parts = output_tensor.view(group.size(), -1)
         for piece in parts.split(SLOT // parts.element_size(), dim=1):
-            for i, shown in enumerate(self.exchange.shown([piece[mine]], group)):
-                if i != mine:
-                    piece[i].copy_(shown[0])
+            for i, rows in enumerate(self.exchange.exchange_rows([piece[own_rank]], group)):
+                if i != own_rank:
+                    piece[i].copy_(rows[0])
 
 
 @dataclass(slots=True)
@@ -177,20 +178,28 @@ class ReduceScatter(Transport):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, async_op: bool = False
     ) -> None:
-        size, mine = group.size(), group.rank()
+        size, own_rank = group.size(), group.rank()
         if op != dist.ReduceOp.SUM:
             raise NotImplementedError(f"{op} of gradients")
         if self.piece is not None:
             self.exchange.meet(group)
-            whole = [self.exchange.seen(self.piece, rank, input_tensor.dtype).view(size, -1) for rank in self.ranks]
-            _add([vectors[mine] for vectors in whole], output_tensor)
+            all_vectors = [
+                self.exchange.view_of(self.piece, rank, input_tensor.dtype).view(size, -1) for rank in self.ranks
+            ]
+            _add([vectors[own_rank] for vectors in all_vectors], output_tensor)
             return
         vectors = input_tensor.view(size, -1)
         room = SLOT // (vectors.element_size() * (size - 1))
         for total, piece in zip(output_tensor.split(room), vectors.split(room, dim=1), strict=True):
-            shown = self.exchange.shown([row for i, row in enumerate(piece) if i != mine], group)
+            rows_by_rank = self.exchange.exchange_rows([row for i, row in enumerate(piece) if i != own_rank], group)
             # a rank shows only the other ranks' parts, not its own
-            _add([piece[mine] if i == mine else rows[mine - (mine > i)] for i, rows in enumerate(shown)], total)
+            _add(
+                [
+                    piece[own_rank] if i == own_rank else rows[own_rank - (own_rank > i)]
+                    for i, rows in enumerate(rows_by_rank)
+                ],
+                total,
+            )
 
 
 def _make_room(size: int) -> None:

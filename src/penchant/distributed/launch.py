@@ -54,9 +54,8 @@ def launch(command: Sequence[str], processes: int, restarts: int, timeout: float
     """
     # with a store that all attempts share, the next attempt gets the addresses of dead processes and hangs (pytorch#135712)
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault(
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout))
-    )  # older torch waits 30 s and has no argument for it
+    # older torch waits 30 s and has no argument for it
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(math.ceil(timeout)))
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does; train.threads decides
     os.environ[LAUNCHED] = "1"
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else it warns of each connection that a process closes
@@ -64,8 +63,8 @@ def launch(command: Sequence[str], processes: int, restarts: int, timeout: float
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    talkative = ("torch.distributed.elastic", "torch.distributed.launcher")
-    for name in [*talkative, *(n for n in logging.root.manager.loggerDict if n.startswith(talkative))]:
+    noisy_loggers = ("torch.distributed.elastic", "torch.distributed.launcher")
+    for name in [*noisy_loggers, *(n for n in logging.root.manager.loggerDict if n.startswith(noisy_loggers))]:
         # they print forty lines for one sentence; some have their own level
         logging.getLogger(name).setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="penchant-launch-") as folder:
@@ -83,31 +82,31 @@ def launch(command: Sequence[str], processes: int, restarts: int, timeout: float
         )
         try:
             elastic_launch(config, sys.executable)("-m", "penchant", *command)
-        except ChildFailedError as failed:
-            _, first = failed.get_first_failure()
-            told = _last_words(Path(folder))
-            if told is not None:
-                raise told from None
+        except ChildFailedError as failure:
+            _, first = failure.get_first_failure()
+            error = _last_words(Path(folder))
+            if error is not None:
+                raise error from None
             raise _crashed(first.local_rank, first.exitcode, processes) from None
-        except SignalException as stopped:
-            told = _last_words(Path(folder))
-            if told is None:
-                name = signal.Signals(stopped.sigval).name
-                told = TrainingStopped("launch", f"stopped by {name} before there was anything to save", "")
-                told.exit_code = 130
-            raise told from None
+        except SignalException as interrupt:
+            error = _last_words(Path(folder))
+            if error is None:
+                name = signal.Signals(interrupt.sigval).name
+                error = TrainingStopped("launch", f"stopped by {name} before there was anything to save", "")
+                error.exit_code = 130
+            raise error from None
     return 0
 
 
 def _last_words(folder: Path) -> PenchantError | None:
     """The recorded error to report, if any: a user's error before a bug, then of the last attempt, then the earliest."""
-    found = []
+    entries = []
     for path in folder.glob("*/attempt_*/*/*.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(path.read_text())["penchant"]
+            entry = json.loads(path.read_text())["penchant"]
             attempt = int(path.parts[-3].removeprefix("attempt_"))
-            found.append((told["kind"] is None, -attempt, told["time"], path, told))
-    return error_of(min(found, key=lambda f: f[:3])[-1]) if found else None
+            entries.append((entry["kind"] is None, -attempt, entry["time"], path, entry))
+    return error_of(min(entries, key=lambda f: f[:3])[-1]) if entries else None
 
 
 def _crashed(rank: int, code: int, processes: int) -> PenchantError:
@@ -136,8 +135,8 @@ def leave(error: BaseException, world: World, timeout: float) -> NoReturn:
     agreed, late = getattr(error, "agreed", False), waited_too_long(error, world, timeout)
     if late is not None:
         error = late
-    elif (told := mistake(error)) is not None:
-        error = told
+    elif (user_error := mistake(error)) is not None:
+        error = user_error
     elif lost_another(error):
         time.sleep(GRACE)  # the agent ends this process as soon as it notices that the other one has failed
         end_now(1)
@@ -167,13 +166,13 @@ def watched(world: World, timeout: float) -> Iterator[None]:
     """
     ended = threading.Event()
 
-    def look() -> None:
+    def poll() -> None:
         while not ended.wait(LOOK):
             if (error := nccl_error()) is not None:
                 leave(error, world, timeout)
 
     if torch.cuda.is_available():
-        threading.Thread(target=look, daemon=True, name="watches NCCL").start()
+        threading.Thread(target=poll, daemon=True, name="watches NCCL").start()
     try:
         yield
     finally:
@@ -186,9 +185,9 @@ def nccl_error() -> RuntimeError | None:
 
     for group in list(_world.pg_map):
         with suppress(RuntimeError):  # a group without NCCL
-            found = group._get_backend(torch.device("cuda")).get_error().name
-            if found != "SUCCESS":
-                return RuntimeError("NCCL timed out" if found == "TIMEOUT" else f"NCCL: {found}")
+            status = group._get_backend(torch.device("cuda")).get_error().name
+            if status != "SUCCESS":
+                return RuntimeError("NCCL timed out" if status == "TIMEOUT" else f"NCCL: {status}")
     return None
 
 
@@ -205,30 +204,31 @@ def waited_too_long(error: BaseException, world: World, timeout: float) -> Late 
         return None
     silent = [0]  # rank 0 holds the store: if the store does not answer, rank 0 is silent
 
-    def ask() -> None:
+    def check_in() -> None:
         with suppress(Exception):
-            met = store(GRACE)
-            met.set(f"penchant/late/{world.rank}", "")
+            shared_store = store(GRACE)
+            shared_store.set(f"penchant/late/{world.rank}", "")
             time.sleep(LATE)
-            silent[:] = [r for r in range(world.size) if not met.check([f"penchant/late/{r}"])]
+            silent[:] = [r for r in range(world.size) if not shared_store.check([f"penchant/late/{r}"])]
 
-    asking = threading.Thread(target=ask, daemon=True)  # a stopped process accepts the connection but never answers
-    asking.start()
-    asking.join(GRACE / 2)
-    found = [*silent]
-    names = " and ".join(f"rank {r}" for r in found) or "a rank"
+    # a stopped process accepts the connection but never answers
+    thread = threading.Thread(target=check_in, daemon=True)
+    thread.start()
+    thread.join(GRACE / 2)
+    silent_ranks = [*silent]
+    names = " and ".join(f"rank {r}" for r in silent_ranks) or "a rank"
     late = Late(
         "launch.timeout",
         f"{names} of {world.size} did not answer within {timeout:g} s",
         "see what that process is doing; raise launch.timeout if a step really takes that long",
     )
-    late.silent = found
+    late.silent = silent_ranks
     return late
 
 
-def end_silent(world: World, silent: Sequence[int]) -> None:
+def end_silent(world: World, silent_ranks: Sequence[int]) -> None:
     """Kill the silent ranks on this machine: a stopped process ignores SIGTERM, and torch's agent would wait 30 s for it."""
-    for machine, process in (world.processes[rank] for rank in silent if rank != world.rank):
+    for machine, process in (world.processes[rank] for rank in silent_ranks if rank != world.rank):
         if machine is not None and machine == os.environ.get(MACHINE):
             with suppress(OSError):
                 os.kill(process, signal.SIGKILL)
@@ -236,8 +236,8 @@ def end_silent(world: World, silent: Sequence[int]) -> None:
 
 def _first_to_tell() -> bool:
     with suppress(Exception):
-        told: int = store(GRACE).add(f"penchant/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)
-        return told == 1
+        count: int = store(GRACE).add(f"penchant/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1)
+        return count == 1
     return True
 
 

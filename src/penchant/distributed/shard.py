@@ -69,23 +69,23 @@ class Sharding:
         """
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
-        how: dict[str, Any] = {"mesh": self.mesh()}
+        options: dict[str, Any] = {"mesh": self.mesh()}
         if self.offload:
-            how["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
+            options["offload_policy"] = CPUOffloadPolicy(pin_memory=self.device.type == "cuda")
         if self.dtype in (torch.bfloat16, torch.float16):
-            how["mp_policy"] = MixedPrecisionPolicy(
+            options["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=self.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
         for layer in layers_of(backbone):
             self._cast(layer)
-            fully_shard(layer, reshard_after_forward=self.reshard, **how)
+            fully_shard(layer, reshard_after_forward=self.reshard, **options)
         root = Root(model, self.reshard, beside)
         add_rows_alone(model)
         self._cast(root)
-        fully_shard(root, reshard_after_forward=False, **how)
+        fully_shard(root, reshard_after_forward=False, **options)
         shared = self.device.type == "cpu" and hasattr(root, "set_custom_all_gather")
         exchange = Exchange.of(self.world) if shared else None
-        ranks = how["mesh"]["shard"].mesh.tolist()
+        ranks = options["mesh"]["shard"].mesh.tolist()
         for module in root.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -111,14 +111,14 @@ def add_rows_alone(model: nn.Module) -> None:
     """
     heads = {id(m.weight) for m in model.modules() if type(m) is nn.Linear}
 
-    def apart(embedding: Any, given: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        weight, ids = embedding.weight, given[0].flatten()
+    def hook(embedding: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        weight, ids = embedding.weight, inputs[0].flatten()
         if not (out.requires_grad and weight.requires_grad):
             return out
 
-        def add(grad: Tensor) -> None:
-            tokens, place = ids.unique(return_inverse=True)
-            rows = torch.ops.aten.embedding_dense_backward(grad.flatten(0, -2), place, len(tokens), -1, False)
+        def add_rows(grad: Tensor) -> None:
+            tokens, inverse = ids.unique(return_inverse=True)
+            rows = torch.ops.aten.embedding_dense_backward(grad.flatten(0, -2), inverse, len(tokens), -1, False)
             if embedding.padding_idx is not None:
                 rows.masked_fill_((tokens == embedding.padding_idx)[:, None], 0.0)
             if weight.grad is None:  # this pass did not use the head
@@ -126,12 +126,12 @@ def add_rows_alone(model: nn.Module) -> None:
             weight.grad.index_add_(0, tokens, rows)
 
         leaf = out.detach().requires_grad_()
-        leaf.register_hook(add)
+        leaf.register_hook(add_rows)
         return leaf
 
     for module in model.modules():
         if type(module) is nn.Embedding and id(module.weight) in heads:
-            module.register_forward_hook(apart)
+            module.register_forward_hook(hook)
 
 
 @lru_cache(maxsize=1)
@@ -176,15 +176,15 @@ class Rooted:
         setattr(self._scorer, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._scorer, name)
-        return partial(self.through, found) if name in RUNS else found
+        attribute = getattr(self._scorer, name)
+        return partial(self.through, attribute) if name in RUNS else attribute
 
     def through(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call a method that runs the model, inside the root's forward."""
-        found = self.root(run, *args, **kwargs)
+        output = self.root(run, *args, **kwargs)
         if run.__name__ != "row_logits" and not torch.is_grad_enabled():
             reshard(self.root)  # no backward pass will do it, and gathered weights are outdated after the next step
-        return found
+        return output
 
 
 def rooted(scorer: Any) -> Any:
@@ -258,10 +258,10 @@ def gathered(named: Iterable[tuple[str, Tensor]], world: World, dtype: torch.dty
     Args:
         dtype: floating-point tensors are cast to it, before they leave the device.
     """
-    found = {}
+    tensors = {}
     for name, tensor in named:
         value = full(tensor.detach())
         if world.leads:
-            wanted = dtype if dtype is not None and value.is_floating_point() else value.dtype
-            found[name] = value.to("cpu", wanted, copy=True)
-    return found
+            target_dtype = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            tensors[name] = value.to("cpu", target_dtype, copy=True)
+    return tensors

@@ -119,18 +119,18 @@ class World:
 
         if patient and self.first is not None:
             self.first(self.leads)
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def share(self, value: T) -> T:
         """Return rank 0's value on every rank."""
         return self.gather(value if self.leads else None, patient=True)[0]  # type: ignore[return-value]
 
-    def dealt(self, mine: Sequence[T], count: int) -> list[T]:
+    def dealt(self, local_items: Sequence[T], count: int) -> list[T]:
         """Gather `count` items in their order; rank r made items r, r + size, r + 2 size, ..."""
-        everyone = self.gather(mine)
-        return [everyone[i % self.size][i // self.size] for i in range(count)]
+        per_rank = self.gather(local_items)
+        return [per_rank[i % self.size][i // self.size] for i in range(count)]
 
     def sums(self, values: Mapping[str, float]) -> dict[str, float]:
         """Sums by name over all ranks, added in rank order, so every rank gets the same bits."""
@@ -159,10 +159,10 @@ class World:
             if error is not None:
                 raise error
             return
-        told = self.gather(None if error is None else described(error), patient=patient)
-        for found in told:
-            if found is not None:
-                raise agreed(error_of(found) if error is None else error)
+        reports = self.gather(None if error is None else described(error), patient=patient)
+        for report in reports:
+            if report is not None:
+                raise agreed(error_of(report) if error is None else error)
 
     @contextmanager
     def together(self, *, patient: bool = False) -> Iterator[None]:
@@ -231,12 +231,12 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
-    if gpu:
+    use_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= local_size
+    if use_gpu:
         torch.cuda.set_device(local_rank)
     limit = timedelta(seconds=timeout)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout=limit)
     except dist.DistError as error:
         what = f"process {rank} of {size} did not find the others within {timeout:g} s ({type(error).__name__})"
         raise errors.TrainingStopped("launch.timeout", what, "raise it, or look at why they did not start") from error
@@ -246,7 +246,9 @@ def join(timeout: float, context: int = 1) -> Iterator[World]:
     first = First("rank 0", timeout)
     world = World(rank, size, local_rank, local_size, group, first, processes=tuple(processes), timeout=limit)
     if context > 1 and size % context == 0:  # any other number is refused with the config
-        neighbors = [dist.new_group(list(range(at, at + context)), timeout=limit) for at in range(0, size, context)]
+        neighbors = [
+            dist.new_group(list(range(start, start + context)), timeout=limit) for start in range(0, size, context)
+        ]
         world = replace(world, context=context, context_group=neighbors[rank // context])
     _NOW[0] = world
     ended_well = False
@@ -272,14 +274,14 @@ def described(error: BaseException) -> dict[str, Any]:
     """An error as JSON-compatible values; see `error_of`."""
     from penchant.base.mistakes import mistake  # it needs yaml, and `penchant --help` imports this module
 
-    if (told := mistake(error)) is not None:
-        kind = next(k.__name__ for k in type(told).__mro__ if getattr(errors, k.__name__, None) is k)
+    if (user_error := mistake(error)) is not None:
+        kind = next(k.__name__ for k in type(user_error).__mro__ if getattr(errors, k.__name__, None) is k)
         return {
             "kind": kind,
-            "where": told.where,
-            "what": told.what,
-            "how": told.how,
-            "exit_code": told.exit_code,
+            "where": user_error.where,
+            "what": user_error.what,
+            "how": user_error.how,
+            "exit_code": user_error.exit_code,
             "time": time.time(),
         }
     what = f"{type(error).__name__}: {error}"
@@ -293,11 +295,11 @@ def described(error: BaseException) -> dict[str, Any]:
     }
 
 
-def error_of(told: Mapping[str, Any]) -> PenchantError:
+def error_of(record: Mapping[str, Any]) -> PenchantError:
     """The error from `described`; a bug becomes a `PenchantError` that names its type."""
-    kind = getattr(errors, told["kind"] or "", PenchantError)
-    error: PenchantError = kind(told["where"], told["what"], told["how"])
-    error.exit_code = told["exit_code"]
+    kind = getattr(errors, record["kind"] or "", PenchantError)
+    error: PenchantError = kind(record["where"], record["what"], record["how"])
+    error.exit_code = record["exit_code"]
     return error
 
 
@@ -309,10 +311,12 @@ def record(error: BaseException) -> None:
     path = os.environ.get(ERROR_FILE)
     if not path:
         return
-    told = described(error)
-    extra = {"py_callstack": told["what"], "timestamp": str(int(told["time"]))}
+    description = described(error)
+    extra = {"py_callstack": description["what"], "timestamp": str(int(description["time"]))}
     with suppress(OSError):
-        Path(path).write_text(json.dumps({"message": {"message": str(error), "extraInfo": extra}, "penchant": told}))
+        Path(path).write_text(
+            json.dumps({"message": {"message": str(error), "extraInfo": extra}, "penchant": description})
+        )
 
 
 def ended_on_purpose() -> int | None:
@@ -320,11 +324,11 @@ def ended_on_purpose() -> int | None:
     path = Path(os.environ.get(ERROR_FILE, ""))
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or len(path.parents) < 3:
         return None
-    for found in sorted(path.parents[2].glob("attempt_*/*/*.json")):
+    for file in sorted(path.parents[2].glob("attempt_*/*/*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(found.read_text())["penchant"]
-            if told["exit_code"] != CRASH:
-                return int(told["exit_code"])
+            description = json.loads(file.read_text())["penchant"]
+            if description["exit_code"] != CRASH:
+                return int(description["exit_code"])
     return None
 
 
@@ -348,8 +352,8 @@ def dealt_passes(
     """
     world = current()
     smallest = min(range(len(sizes)), key=lambda i: sizes[i], default=0)
-    mine = [*plan, *([[]] * (-len(plan) % world.dealers))][world.dealer :: world.dealers]
-    made = [(members, call(members or [smallest])) for members in mine]
-    everyone = world.gather_tensors(tuple(value for members, value in made if members), device)
-    turns = [iter(part) for part in everyone[:: world.context]]
-    return [(members, next(turns[i % world.dealers])) for i, members in enumerate(plan)]
+    own_passes = [*plan, *([[]] * (-len(plan) % world.dealers))][world.dealer :: world.dealers]
+    results = [(members, call(members or [smallest])) for members in own_passes]
+    per_rank = world.gather_tensors(tuple(value for members, value in results if members), device)
+    iterators = [iter(part) for part in per_rank[:: world.context]]
+    return [(members, next(iterators[i % world.dealers])) for i, members in enumerate(plan)]

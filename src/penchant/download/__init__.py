@@ -79,10 +79,10 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
     folder = Path(request.output or default_output(request.name)).expanduser()
     try:
         work = folder / WORK
-        done = _check_folder(folder, identity(request), request.redo)
-        if done is not None:
+        existing = _check_folder(folder, identity(request), request.redo)
+        if existing is not None:
             shutil.rmtree(work, ignore_errors=True)
-            return GetResult(folder, done, fresh=False)
+            return GetResult(folder, existing, fresh=False)
         if request.redo or read_json(work / "request.json") != identity(request):
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
@@ -122,32 +122,34 @@ def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapp
     Raises:
         ConfigError: the folder holds something else, or a file of the result was changed.
     """
-    done, current = read_json(folder / "data.json"), dict(identity)
-    anew = "choose another --output, or add --redo to start over in this one"
-    converted = any((folder / WORK).glob("part-*[0-9].json"))  # a plan alone may be replaced
-    started = read_json(folder / WORK / "request.json") if converted else None
-    if done is None and started is None:
-        taken = [name for name in RESULT_FILES if (folder / name).exists()]
-        if taken:
-            what = f"has a {taken[0]} that `penchant data get` did not write"
+    existing, current = read_json(folder / "data.json"), dict(identity)
+    how = "choose another --output, or add --redo to start over in this one"
+    has_parts = any((folder / WORK).glob("part-*[0-9].json"))  # a plan alone may be replaced
+    started_request = read_json(folder / WORK / "request.json") if has_parts else None
+    if existing is None and started_request is None:
+        conflicts = [name for name in RESULT_FILES if (folder / name).exists()]
+        if conflicts:
+            what = f"has a {conflicts[0]} that `penchant data get` did not write"
             raise ConfigError(str(folder), what, "choose another --output")
-    if redo or (done is None and started is None):
+    if redo or (existing is None and started_request is None):
         return None
-    if done is not None and done["request"] == current:
-        _check_files(folder, done, anew)
-        return cast(Mapping[str, Any], done)
-    if started == current:
+    if existing is not None and existing["request"] == current:
+        _check_files(folder, existing, how)
+        return cast(Mapping[str, Any], existing)
+    if started_request == current:
         return None
-    state = "holds" if done is not None else "holds the beginning of"
-    changed = "".join(f"\n  {line}" for line in differences(done["request"] if done else started, current))
-    raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{changed}\n", anew)
+    state = "holds" if existing is not None else "holds the beginning of"
+    changes = "".join(
+        f"\n  {line}" for line in differences(existing["request"] if existing else started_request, current)
+    )
+    raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{changes}\n", how)
 
 
-def _check_files(folder: Path, done: Mapping[str, Any], anew: str) -> None:
-    for name, held in done["files"].items():
+def _check_files(folder: Path, result: Mapping[str, Any], advice: str) -> None:
+    for name, entry in result["files"].items():
         path = folder / name
-        if not path.exists() or path.stat().st_size != held["bytes"]:
-            raise ConfigError(str(path), "was changed or removed since it was written", anew)
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            raise ConfigError(str(path), "was changed or removed since it was written", advice)
 
 
 @dataclass(slots=True)
@@ -164,50 +166,50 @@ class _Job:
         self._check_disk(plan)
         conversions: dict[str | None, Conversion] = {}
         total = Counts()
-        read: list[dict[str, Any]] = []
-        left: dict[str, int] = {}
+        source_records: list[dict[str, Any]] = []
+        remaining: dict[str, int] = {}
         filters, columns = Filters(self.request), self.request.columns
         self._convert_in_processes(plan, filters)
         for number, source in enumerate(plan.sources):
             part = Part(self.work, number)
-            limited = source.split if self.request.published_splits else ""
-            limit = left.get(limited, self.request.first) if self.request.first else None
+            limited_split = source.split if self.request.published_splits else ""
+            limit = remaining.get(limited_split, self.request.first) if self.request.first else None
             if limit == 0:
                 break
             counts = part.counts()
             if counts is None:
                 with self._open_rows(plan, source) as rows:
-                    taken: Iterator[Row | BadRow] = islice(rows, limit)
+                    limited_rows: Iterator[Row | BadRow] = islice(rows, limit)
                     if source.layout is None and None not in conversions:
-                        first = list(islice(taken, DETECT_ROWS))
-                        conversions[None], columns = self._detect_conversion(source.path, first)
-                        taken = chain(first, taken)
+                        first_rows = list(islice(limited_rows, DETECT_ROWS))
+                        conversions[None], columns = self._detect_conversion(source.path, first_rows)
+                        limited_rows = chain(first_rows, limited_rows)
                     if source.layout and source.layout not in conversions:
                         conversions[source.layout] = self._conversion(source)
-                    how, transcripts = conversions[source.layout], self._reads_transcripts(source)
+                    conversion, transcripts = conversions[source.layout], self._reads_transcripts(source)
                     # every finished part has this file
-                    write_json(part.layout, [how.layout.name, how.kind, dict(how.options)])
-                    converter = Converter(how, dict(columns), filters, labeller, transcripts)
-                    counts = converter.convert(taken, source.path, part, Pace(self.say, source.path))
+                    write_json(part.layout, [conversion.layout.name, conversion.kind, dict(conversion.options)])
+                    converter = Converter(conversion, dict(columns), filters, labeller, transcripts)
+                    counts = converter.convert(limited_rows, source.path, part, Pace(self.say, source.path))
                 self.say(f"{source.path}: {counted(counts.rows, 'row')}, {counts.accepted:,} accepted")
             if limit is not None:
-                left[limited] = limit - counts.rows
+                remaining[limited_split] = limit - counts.rows
             total.add(counts)
-            read.append(_source_json(source, counts, whole=not self.request.first))
+            source_records.append(_source_json(source, counts, whole=not self.request.first))
         self._check_accepted(plan, total, filters.languages)
-        parts = [Part(self.work, n) for n in range(len(read))]
+        parts = [Part(self.work, n) for n in range(len(source_records))]
         layouts = [read_json(part.layout) for part in parts]
         kinds = sorted({kind for _, kind, _ in layouts})
         if len(kinds) > 1:
             what = f"the files give different kinds of data ({', '.join(kinds)})"
             raise ConfigError("--subset", what, "choose subsets of one kind, or say what they become with --as")
-        return self._write(plan, parts, read, layouts, total, labeller.sha256 if labeller else None)
+        return self._write(plan, parts, source_records, layouts, total, labeller.sha256 if labeller else None)
 
     def _plan(self) -> Plan:
         """Make the plan, or read the saved one, so that a resumed `get` reads the same commit and files."""
-        held = read_json(self.work / "plan.json")
-        if held is not None:
-            plan = Plan.from_json(held)
+        saved = read_json(self.work / "plan.json")
+        if saved is not None:
+            plan = Plan.from_json(saved)
             _check_unchanged(plan)
             self.say("continuing what was begun")
             return plan
@@ -235,68 +237,70 @@ class _Job:
 
     def _detect_conversion(self, name: str, rows: list[Row | BadRow]) -> tuple[Conversion, Mapping[str, str]]:
         """(conversion, column names) detected from the first rows."""
-        layout, found, columns = detect_layout(rows, name, self.request.columns, {})
-        self.say(found.sentence(name, "--layout"))
+        layout, detection, columns = detect_layout(rows, name, self.request.columns, {})
+        self.say(detection.sentence(name, "--layout"))
         return conversion_of(layout, self.request), columns
 
     def _check_disk(self, plan: Plan) -> None:
         if self.request.first:
-            of_each = " of each published split" if self.request.published_splits else ""
-            self.say(f"reading the first {counted(self.request.first, 'row')}{of_each}")
+            scope = " of each published split" if self.request.published_splits else ""
+            self.say(f"reading the first {counted(self.request.first, 'row')}{scope}")
             return
-        text = sum(s.size * next((g for e, g in TEXT_GROWTH.items() if s.path.endswith(e)), 1.0) for s in plan.sources)
+        text_bytes = sum(
+            s.size * next((g for e, g in TEXT_GROWTH.items() if s.path.endswith(e)), 1.0) for s in plan.sources
+        )
         free = shutil.disk_usage(self.folder).free
         if plan.hub_id:
             cache = self.hub.cache_folder()
-            cached = self.hub.cached_bytes(plan.repository, plan.sources)
+            cached_bytes = self.hub.cached_bytes(plan.repository, plan.sources)
             disk = next(p for p in (cache, *cache.absolute().parents) if p.exists())
-            fetch, there = sum(s.size for s in plan.sources) - cached, shutil.disk_usage(disk).free
-            if fetch > there:
-                what = f"has {gigabytes(there)} free, and {gigabytes(fetch)} are to be fetched"
+            fetch_bytes, disk_free = sum(s.size for s in plan.sources) - cached_bytes, shutil.disk_usage(disk).free
+            if fetch_bytes > disk_free:
+                what = f"has {gigabytes(disk_free)} free, and {gigabytes(fetch_bytes)} are to be fetched"
                 how = "free some space, set HF_HOME to another disk, or look at --first 500"
                 raise DataError(str(cache), what, how)
-            where = f"kept in {cache} ({gigabytes(there)} free)"
-            self.say(f"to fetch: {gigabytes(fetch)} in {len(plan.sources)} files, {where}")
-        short = "; that may not be enough" if free < 2 * text else ""
-        self.say(f"to write: about {gigabytes(text)} (twice that temporarily; {gigabytes(free)} free{short})")
+            where = f"kept in {cache} ({gigabytes(disk_free)} free)"
+            self.say(f"to fetch: {gigabytes(fetch_bytes)} in {len(plan.sources)} files, {where}")
+        warning = "; that may not be enough" if free < 2 * text_bytes else ""
+        self.say(f"to write: about {gigabytes(text_bytes)} (twice that temporarily; {gigabytes(free)} free{warning})")
 
     @contextmanager
     def _open_rows(self, plan: Plan, source: Source) -> Iterator[Iterator[Row | BadRow]]:
         if plan.hub_id and self.request.first:
-            part = RemoteFile(self.hub, plan.repository, source)
-            with io.BufferedReader(part, BLOCK) as stream:
+            remote_file = RemoteFile(self.hub, plan.repository, source)
+            with io.BufferedReader(remote_file, BLOCK) as stream:
                 yield read_stream(cast(BinaryIO, stream), source.path)
-            read = f"{gigabytes(part.fetched)} of {gigabytes(source.size)} read"
-            self.say(f"{source.path}: {read}; its hash is not checked")
+            progress = f"{gigabytes(remote_file.fetched)} of {gigabytes(source.size)} read"
+            self.say(f"{source.path}: {progress}; its hash is not checked")
             return
         with self._file(plan, source).open("rb") as stream:
             yield read_stream(stream, source.path)
 
     def _convert_in_processes(self, plan: Plan, filters: Filters) -> None:
         """Convert the unfinished files in parallel, if they are large and can be converted independently."""
-        left = [(n, s) for n, s in enumerate(plan.sources) if Part(self.work, n).counts() is None]
-        many = number_of(self.request.workers, len(left))
-        if many < 2 or self.request.first or self.request.labels or sum(s.size for _, s in left) < SHARD:
+        unfinished = [(n, s) for n, s in enumerate(plan.sources) if Part(self.work, n).counts() is None]
+        worker_count = number_of(self.request.workers, len(unfinished))
+        if worker_count < 2 or self.request.first or self.request.labels or sum(s.size for _, s in unfinished) < SHARD:
             return
         columns = self.request.columns
-        named: str | None = None  # detected layout of the first file without a given one, used for all such files
+        detected_layout: str | None = None  # of the first file without a given layout, used for all such files
 
         def tasks() -> Iterator[_Task]:
-            nonlocal columns, named
-            for number, source in left:
-                if source.layout is None and named is None:
+            nonlocal columns, detected_layout
+            for number, source in unfinished:
+                if source.layout is None and detected_layout is None:
                     with self._open_rows(plan, source) as rows:
-                        found, columns = self._detect_conversion(source.path, list(islice(rows, DETECT_ROWS)))
-                    named = found.layout.name
+                        conversion, columns = self._detect_conversion(source.path, list(islice(rows, DETECT_ROWS)))
+                    detected_layout = conversion.layout.name
                 elif source.layout is not None:
                     self._conversion(source)  # raises if it cannot be converted
-                layout, bounds = source.layout or str(named), BOUNDS.get() or Bounds()
+                layout, bounds = source.layout or str(detected_layout), BOUNDS.get() or Bounds()
                 path = str(self._file(plan, source))
-                more = dict(columns), self._reads_transcripts(source), path, source.path, bounds
-                yield _Task(self.request, self.work, number, layout, *more)
+                arguments = dict(columns), self._reads_transcripts(source), path, source.path, bounds
+                yield _Task(self.request, self.work, number, layout, *arguments)
 
-        done = in_order(_Task.convert, tasks(), RAY if self.request.workers == RAY else many)
-        for (_, source), (counts, languages) in zip(left, done, strict=True):
+        results = in_order(_Task.convert, tasks(), RAY if self.request.workers == RAY else worker_count)
+        for (_, source), (counts, languages) in zip(unfinished, results, strict=True):
             filters.languages += languages
             self.say(f"{source.path}: {counted(counts.rows, 'row')}, {counts.accepted:,} accepted")
 
@@ -312,13 +316,13 @@ class _Job:
         what = f"none of {counted(total.rows, 'row')} is left ({reasons}, {total.quarantined:,} kept aside)"
         common = sorted(languages.items(), key=lambda item: (-item[1], item[0]))[:10]
         if common and total.filtered["language"]:
-            named = ", ".join(f"{name} ({n:,})" for name, n in common)
-            raise DataError("--language", what, f"the languages are {named}")
-        aside = (Part(self.work, n).aside for n in range(len(plan.sources)))
-        with_reason = next((p for p in aside if p.exists() and p.stat().st_size), None)
-        if with_reason is None:
+            language_list = ", ".join(f"{name} ({n:,})" for name, n in common)
+            raise DataError("--language", what, f"the languages are {language_list}")
+        quarantine_files = (Part(self.work, n).aside for n in range(len(plan.sources)))
+        quarantine_file = next((p for p in quarantine_files if p.exists() and p.stat().st_size), None)
+        if quarantine_file is None:
             raise DataError(self.request.name, what, "choose other options")
-        with with_reason.open("rb") as stream:
+        with quarantine_file.open("rb") as stream:
             q = json.loads(stream.readline())
         raise DataError(q["where"], f"{q['what']}; {what}", q["how"])
 
@@ -349,7 +353,7 @@ class _Job:
             "commit": plan.commit or None,
             "terms": plan.terms or None,
             "kind": kind,
-            "layouts": list(dict.fromkeys(held[0] for held in layouts)),
+            "layouts": list(dict.fromkeys(layout[0] for layout in layouts)),
             "layout_options": options,
             "counts": total.to_json(),
             "splits": {s: {"rows": rows[i], "examples": examples[i]} for i, s in enumerate(SPLITS)},
@@ -366,27 +370,27 @@ class _Job:
     def _assign(self, parts: list[Part], published: list[str]) -> Assignment:
         splitter = Splitter()
         large = sum(part.rows.stat().st_size for part in parts) >= SHARD
-        many = number_of(self.request.workers if large else 1, len(parts))
-        workers: Workers = RAY if many > 1 and self.request.workers == RAY else many
-        for made in in_order(_prompts_of, zip(parts, published, strict=True), workers):
-            splitter.merge(made)
+        worker_count = number_of(self.request.workers if large else 1, len(parts))
+        workers: Workers = RAY if worker_count > 1 and self.request.workers == RAY else worker_count
+        for part_splitter in in_order(_prompts_of, zip(parts, published, strict=True), workers):
+            splitter.merge(part_splitter)
             if large:
                 self.say(f"grouping prompts: {counted(len(splitter), 'row')}")
         return splitter.assign(self.request.split, self.request.seed, keep_published=self.request.published_splits)
 
     def _write_splits(self, parts: list[Part], assignment: Assignment) -> tuple[list[int], list[int]]:
         rows, examples = [0, 0, 0], [0, 0, 0]
-        where = iter(assignment.split.tolist())
+        split_numbers = iter(assignment.split.tolist())
         pace = Pace(self.say, "writing")
         with ExitStack() as stack:
-            outs = [stack.enter_context(atomic_write(self.folder / name)) for name in RESULT_FILES[:3]]
+            outputs = [stack.enter_context(atomic_write(self.folder / name)) for name in RESULT_FILES[:3]]
             for part in parts:
-                for held in part.lines():
-                    to = next(where)
-                    for row in held:
-                        outs[to].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-                    rows[to] += 1
-                    examples[to] += len(held)
+                for group in part.lines():
+                    split = next(split_numbers)
+                    for row in group:
+                        outputs[split].write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                    rows[split] += 1
+                    examples[split] += len(group)
                     pace.step()
         return rows, examples
 
@@ -407,13 +411,13 @@ class _Task:
 
     def convert(self) -> tuple[Counts, Counter[str]]:
         """Convert the file. Returns the counts, and how often each language occurred."""
-        how, filters, part = (
+        conversion, filters, part = (
             conversion_of(self.layout, self.request),
             Filters(self.request),
             Part(self.work, self.number),
         )
-        write_json(part.layout, [how.layout.name, how.kind, dict(how.options)])
-        converter = Converter(how, self.columns, filters, None, self.transcripts)
+        write_json(part.layout, [conversion.layout.name, conversion.kind, dict(conversion.options)])
+        converter = Converter(conversion, self.columns, filters, None, self.transcripts)
         with Path(self.file).open("rb") as stream:
             rows = read_stream(stream, self.name, self.bounds)
             counts = converter.convert(rows, self.name, part, Pace(lambda line: None, self.name))
@@ -435,9 +439,9 @@ def key_text(row: Mapping[str, Any]) -> str:
 
 
 def _source_json(source: Source, counts: Counts, whole: bool) -> dict[str, Any]:
-    held = asdict(source)
-    kept = {k: held[k] for k in ("path", "split", "subset", "size", "sha256", "git_sha1")}
-    return {k: v for k, v in kept.items() if v not in (None, "")} | {"rows_read": counts.rows, "whole": whole}
+    record = asdict(source)
+    kept_fields = {k: record[k] for k in ("path", "split", "subset", "size", "sha256", "git_sha1")}
+    return {k: v for k, v in kept_fields.items() if v not in (None, "")} | {"rows_read": counts.rows, "whole": whole}
 
 
 def _check_unchanged(plan: Plan) -> None:
@@ -455,42 +459,45 @@ def _check_unchanged(plan: Plan) -> None:
 def summary(result: GetResult) -> str:
     """Format what was read, how many rows were accepted, filtered and kept aside, and what to do next."""
     data, counts = result.data, result.counts
-    left = "; ".join(f"{n:,} {reason}" for reason, n in counts.filtered.most_common())
-    filtered = f"{sum(counts.filtered.values()):,} filtered" + (f" ({left})" if left else "")
-    kept = data["request"]["published_splits"]
-    together = "published splits are kept as they are" if kept else "nearly equal ones stay on one side"
+    reasons = "; ".join(f"{n:,} {reason}" for reason, n in counts.filtered.most_common())
+    filtered = f"{sum(counts.filtered.values()):,} filtered" + (f" ({reasons})" if reasons else "")
+    keeps_published = data["request"]["published_splits"]
+    grouping = "published splits are kept as they are" if keeps_published else "nearly equal ones stay on one side"
     groups = data["prompt_groups"]
-    of_each = [
-        f"{name} {held['rows']:,}" + (f" ({held['examples']:,} examples)" if held["examples"] != held["rows"] else "")
-        for name, held in data["splits"].items()
+    splits = [
+        f"{name} {split['rows']:,}"
+        + (f" ({split['examples']:,} examples)" if split["examples"] != split["rows"] else "")
+        for name, split in data["splits"].items()
     ]
     lines = [
         f"{data['name']}: {counted(counts.rows, 'row')} = {counts.accepted:,} accepted + {filtered} + {counts.quarantined:,} kept aside",
-        f"  {', '.join(of_each)} ({data['kind']})",
-        f"  {groups['prompts']:,} prompts in {groups['groups']:,} groups: {together}",
+        f"  {', '.join(splits)} ({data['kind']})",
+        f"  {groups['prompts']:,} prompts in {groups['groups']:,} groups: {grouping}",
     ]
     if counts.unlabelled:
         lines.append(f"  {counted(counts.unlabelled, 'answer')} without a label left out")
     if data["straddling"]["groups"]:
-        held = data["straddling"]
-        many = f"{held['groups']:,} groups of prompts ({held['rows']:,} rows)"
-        lines.append(f"  {many} occur in several published splits")
+        straddling = data["straddling"]
+        text = f"{straddling['groups']:,} groups of prompts ({straddling['rows']:,} rows)"
+        lines.append(f"  {text} occur in several published splits")
     published = sorted({s["split"] for s in data["sources"]})
-    if len(published) > 1 and not kept:
-        put = f"the published splits ({', '.join(published)}) were put together"
-        lines.append(f"  {put}; --published-splits keeps them")
+    if len(published) > 1 and not keeps_published:
+        note = f"the published splits ({', '.join(published)}) were put together"
+        lines.append(f"  {note}; --published-splits keeps them")
     if counts.quarantined:
         lines.append(f"  rows kept aside, with reasons: {result.folder / 'quarantine.jsonl'}")
     return "\n".join([*lines, *_next_steps(result)])
 
 
 def _next_steps(result: GetResult) -> list[str]:
-    train = result.folder / "train.jsonl"
-    held_out = result.folder / "validation.jsonl"
-    more = f" --eval-data {shlex.quote(str(held_out))}" if result.data["splits"]["validation"]["rows"] else ""
-    data = shlex.quote(str(train))
+    train_file = result.folder / "train.jsonl"
+    validation_file = result.folder / "validation.jsonl"
+    eval_option = (
+        f" --eval-data {shlex.quote(str(validation_file))}" if result.data["splits"]["validation"]["rows"] else ""
+    )
+    train_path = shlex.quote(str(train_file))
     return [
         "next:",
-        f"  penchant data audit {data}",
-        f"  penchant init --data {data}{more}  # asks for model and goal, writes run.yaml",
+        f"  penchant data audit {train_path}",
+        f"  penchant init --data {train_path}{eval_option}  # asks for model and goal, writes run.yaml",
     ]

@@ -56,12 +56,12 @@ def _files(part: Mapping[str, Any]) -> Files:
     return Files(splits, part.get("layout"), part.get("prompts_only", False))
 
 
-def _spec(name: str, held: Mapping[str, Any]) -> Spec:
-    subsets = {subset: _files(part) for subset, part in held["subsets"].items()}
-    default = held.get("default", ["default"])
+def _spec(name: str, entry: Mapping[str, Any]) -> Spec:
+    subsets = {subset: _files(part) for subset, part in entry["subsets"].items()}
+    default = entry.get("default", ["default"])
     chosen = tuple(subsets if default == "all" else default)
-    others: Any = {**held, "aliases": tuple(held.get("aliases", ())), "subsets": subsets, "default": chosen}
-    return Spec(name, **others)
+    settings: Any = {**entry, "aliases": tuple(entry.get("aliases", ())), "subsets": subsets, "default": chosen}
+    return Spec(name, **settings)
 
 
 CATALOGUE = {name: _spec(name, held) for name, held in packaged_yaml(__package__, "catalogue.yaml").items()}
@@ -90,8 +90,8 @@ def is_hub_id(name: str) -> bool:
 
 def unknown_name_error(name: str) -> ConfigError:
     """The error for a name that is neither in the catalog nor a hub id."""
-    near = closest(_normalized(name), _NAMES)
-    guess = f"did you mean {_NAMES[near].name}? " if near else ""
+    suggestion = closest(_normalized(name), _NAMES)
+    guess = f"did you mean {_NAMES[suggestion].name}? " if suggestion else ""
     how = f"{guess}there are {', '.join(CATALOGUE)}, or any owner/name"
     return ConfigError(name, "is not a data set of the catalog", how)
 
@@ -102,16 +102,16 @@ def chosen_subsets(spec: Spec, requested: tuple[str, ...]) -> tuple[str, ...]:
     Raises:
         ConfigError: the data set has no such subset.
     """
-    wanted = spec.subsets if requested == ("all",) else requested or spec.default
-    for name in wanted:
+    selected = spec.subsets if requested == ("all",) else requested or spec.default
+    for name in selected:
         if name not in spec.subsets:
-            near = closest(name, spec.subsets)
-            how = (f"did you mean {near}? " if near else "") + f"it has {', '.join(spec.subsets)}"
+            suggestion = closest(name, spec.subsets)
+            how = (f"did you mean {suggestion}? " if suggestion else "") + f"it has {', '.join(spec.subsets)}"
             raise ConfigError("--subset", f"{spec.name} has no subset {name!r}", how)
-    return tuple(s for s in spec.subsets if s in wanted)
+    return tuple(s for s in spec.subsets if s in selected)
 
 
 def table() -> str:
     """Format the catalog, one line per data set."""
-    wide = max(len(s.name) for s in SPECS)
-    return "\n".join(f"{s.name:<{wide}}  {'gated  ' if s.gated else '       '}{s.summary} ({s.terms})" for s in SPECS)
+    width = max(len(s.name) for s in SPECS)
+    return "\n".join(f"{s.name:<{width}}  {'gated  ' if s.gated else '       '}{s.summary} ({s.terms})" for s in SPECS)

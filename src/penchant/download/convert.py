@@ -60,8 +60,8 @@ class Counts:
         return {**asdict(self), "filtered": dict(sorted(self.filtered.items()))}
 
     @staticmethod
-    def from_json(held: Mapping[str, Any]) -> Counts:
-        return Counts(**{**held, "filtered": Counter(held["filtered"])})
+    def from_json(record: Mapping[str, Any]) -> Counts:
+        return Counts(**{**record, "filtered": Counter(record["filtered"])})
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,29 +78,29 @@ def read_json(path: Path) -> Any:
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for writing that is renamed to `path` once it is completely on disk."""
-    made = path.with_name(path.name + ".part")
-    with made.open("wb") as out:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("wb") as out:
         yield out
         out.flush()
         os.fsync(out.fileno())
-    made.replace(path)
+    temporary.replace(path)
 
 
 class Pace:
     """Reports every few seconds how many rows are done and how fast.
 
     Args:
-        say: called with a line; what: is being done; every: seconds between lines.
+        say: called with a line; what: is being done; interval: seconds between lines.
     """
 
-    def __init__(self, say: Callable[[str], None], what: str, every: float = 5.0) -> None:
-        self._say, self._what, self._every = say, what, every
+    def __init__(self, say: Callable[[str], None], what: str, interval: float = 5.0) -> None:
+        self._say, self._what, self._interval = say, what, interval
         self._started = self._last = monotonic()
         self.rows = 0
 
     def step(self, rows: int = 1) -> None:
         self.rows += rows
-        if self.rows & 0xFF == 0 and monotonic() - self._last >= self._every:
+        if self.rows & 0xFF == 0 and monotonic() - self._last >= self._interval:
             self._last = monotonic()
             speed = self.rows / (self._last - self._started)
             self._say(f"{self._what}: {counted(self.rows, 'row')}, {speed:,.0f} rows/s")
@@ -125,8 +125,8 @@ class Filters:
         # a row is counted under the first test that it fails
         self.tests: dict[str, Callable[[Fields], bool]] = {}
         if request.language:
-            wanted = {name.casefold() for name in request.language}
-            self.tests["language"] = lambda row: _language(row, self.languages).casefold() in wanted
+            languages = {name.casefold() for name in request.language}
+            self.tests["language"] = lambda row: _language(row, self.languages).casefold() in languages
         if request.redacted != "keep":
             only = request.redacted == "only"
             self.tests["not redacted" if only else "redacted"] = lambda row: _is_redacted(row) == only
@@ -150,7 +150,7 @@ class Filters:
         return None
 
 
-def _language(row: Fields, met: Counter[str]) -> str:
+def _language(row: Fields, counts: Counter[str]) -> str:
     value = next((row[c] for c in ("language", "lang") if row.get(c) is not None), None)
     if value is None and isinstance(row.get("prompt"), Mapping):  # a tree of messages: the language of its root
         value = row["prompt"].get("lang")
@@ -159,7 +159,7 @@ def _language(row: Fields, met: Counter[str]) -> str:
         value = first.get("lang") if isinstance(first, Mapping) else None
     if value is None:
         raise MissingColumn("language")
-    met[str(value)] += 1
+    counts[str(value)] += 1
     return str(value)
 
 
@@ -217,10 +217,10 @@ class Labeller:
             RewardError: the function raised, or returned something other than labels.
         """
         answers = [t.completions[0].text for t in trees]
-        found = self.judge([t.prompt for t in trees], answers)
+        labels = self.judge([t.prompt for t in trees], answers)
         return [
             None if label is None else replace(t, completions=(Completion(a, label, score),))
-            for t, a, (label, score) in zip(trees, answers, found, strict=True)
+            for t, a, (label, score) in zip(trees, answers, labels, strict=True)
         ]
 
 
@@ -235,8 +235,8 @@ def labeller_of(request: GetRequest) -> Labeller | None:
     from penchant.rewards.reward_model import content_sha256, contents_beside
 
     def content(name: str) -> str | None:
-        own, beside = content_sha256(name), contents_beside(name)
-        return hashlib.sha256(repr((own, beside)).encode()).hexdigest() if beside else own
+        own_hash, beside_hashes = content_sha256(name), contents_beside(name)
+        return hashlib.sha256(repr((own_hash, beside_hashes)).encode()).hexdigest() if beside_hashes else own_hash
 
     if request.label_with is not None:
         return Labeller(_by_function(request.label_with), content(request.label_with))
@@ -252,8 +252,8 @@ def _by_reward(name: str, threshold: float) -> LabelFunction:
     takes_messages = all(hasattr(term.function, "score_trees") for term in reward.terms)
 
     def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[tuple[bool | None, float | None]]:
-        shown: Any = list(prompts) if takes_messages else [prompt_text(p) for p in prompts]
-        return [(bool(v >= threshold), float(v)) for v in reward(shown, answers)]
+        inputs: Any = list(prompts) if takes_messages else [prompt_text(p) for p in prompts]
+        return [(bool(v >= threshold), float(v)) for v in reward(inputs, answers)]
 
     return judge
 
@@ -265,14 +265,14 @@ def _by_function(name: str) -> LabelFunction:
 
     def judge(prompts: Sequence[Prompt], answers: Sequence[str]) -> list[tuple[bool | None, float | None]]:
         try:
-            given = list(function([prompt_text(p) for p in prompts], list(answers)))
+            labels = list(function([prompt_text(p) for p in prompts], list(answers)))
         except Exception as error:
             what = f"{type(error).__name__}: {error}"
             raise RewardError(name, what, "fix the function; it gets lists of prompts and answers") from error
-        if len(given) != len(answers):
+        if len(labels) != len(answers):
             how = "return one label for each answer: True, False, or None to leave it out"
-            raise RewardError(name, f"returned {len(given)} labels for {counted(len(answers), 'answer')}", how)
-        return [(None if v is None else _label(name, v), None) for v in given]
+            raise RewardError(name, f"returned {len(labels)} labels for {counted(len(answers), 'answer')}", how)
+        return [(None if v is None else _label(name, v), None) for v in labels]
 
     return judge
 
@@ -296,20 +296,20 @@ class Conversion:
     options: Mapping[str, Any]
     kind: str
 
-    def layout_for_kind(self, before: Callable[[Fields], Fields]) -> Layout:
+    def layout_for_kind(self, preprocess: Callable[[Fields], Fields]) -> Layout:
         """The layout, changed to give data of the requested kind.
 
         Args:
-            before: applied to each row (or folded group) before conversion; raises `LeftOut` if a filter leaves it out.
+            preprocess: applied to each row (or folded group) before conversion; raises `LeftOut` if a filter leaves it out.
         """
 
         def turn(values: Fields, options: Fields) -> tuple[PromptTree, ...]:
-            found = self.layout.convert(before(values), options)
-            each = found if self.kind == "sft" else (t for tree in found for t in split_answers(tree))
-            turned = tuple(t for tree in each for t in KIND_CONVERTERS[self.kind](tree))
-            if not turned:
+            trees = self.layout.convert(preprocess(values), options)
+            split_trees = trees if self.kind == "sft" else (t for tree in trees for t in split_answers(tree))
+            converted = tuple(t for tree in split_trees for t in KIND_CONVERTERS[self.kind](tree))
+            if not converted:
                 raise RowError(f"has nothing that can be {self.kind} data", "choose another --as")
-            return turned
+            return converted
 
         return replace(self.layout, turn=turn)
 
@@ -321,12 +321,12 @@ def conversion_of(name: str, request: GetRequest) -> Conversion:
         ConfigError: there is no such layout or option, or its rows cannot become the requested kind.
     """
     layout, as_, labelled = layout_named(name, "--layout"), request.as_, request.labels
-    wanted = dict(request.options)
-    use = layout.options.get("use")
-    if as_ is not None and use is not None and "use" not in wanted:
-        fitting = "sft" if labelled else as_  # labeling needs single answers
-        wanted |= {"use": fitting} if fitting in use.choices else {}
-    options = layout.settings(wanted, "--set")
+    requested = dict(request.options)
+    use_option = layout.options.get("use")
+    if as_ is not None and use_option is not None and "use" not in requested:
+        choice = "sft" if labelled else as_  # labeling needs single answers
+        requested |= {"use": choice} if choice in use_option.choices else {}
+    options = layout.settings(requested, "--set")
     kind = layout.kind_of(options)
     if as_ == "sft" and kind == "prompts":
         raise ConfigError("--as sft", f"rows of the layout {name} are prompts without answers", "choose --as prompts")
@@ -355,11 +355,11 @@ def _as_sft(tree: PromptTree) -> list[PromptTree]:
 
 def _as_unpaired(tree: PromptTree) -> list[PromptTree]:
     """Each answer by itself, keeping its label. In a pair without labels, the first answer is the good one."""
-    pair = len(tree.completions) == 2
+    paired = len(tree.completions) == 2
     if is_identical(tree):
         raise RowError(IDENTICAL, "it cannot be good and bad at once")
     return [
-        replace(tree, completions=(replace(c, label=c.label if c.label is not None else (i == 0 if pair else None)),))
+        replace(tree, completions=(replace(c, label=c.label if c.label is not None else (i == 0 if paired else None)),))
         for i, c in enumerate(tree.completions)
     ]
 
@@ -391,13 +391,13 @@ def _pair_row(tree: PromptTree) -> list[dict[str, Any]]:
     return [row]
 
 
-def _answer_rows(tree: PromptTree, more: Callable[[Completion], Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _answer_rows(tree: PromptTree, extra_fields: Callable[[Completion], Mapping[str, Any]]) -> list[dict[str, Any]]:
     prompt = prompt_json(tree.prompt)
     return [
         {
             "prompt": prompt,
             "completion": [message_json(answer_turn(c))] if c.reasoning or c.tool_calls else c.text,
-            **more(c),
+            **extra_fields(c),
         }
         for c in tree.completions
     ]
@@ -428,9 +428,9 @@ WRITERS: dict[str, Callable[[PromptTree], list[dict[str, Any]]]] = {
 
 def written_rows(kind: str, tree: PromptTree) -> list[dict[str, Any]]:
     """The rows of a tree, with its tools and chat template options."""
-    own = {"tools": tree.tools, "chat_template_kwargs": tree.template_options}
-    more = {name: json.loads(text) for name, text in own.items() if text}
-    return [{**row, **more} for row in WRITERS[kind](tree)]
+    json_texts = {"tools": tree.tools, "chat_template_kwargs": tree.template_options}
+    extra = {name: json.loads(text) for name, text in json_texts.items() if text}
+    return [{**row, **extra} for row in WRITERS[kind](tree)]
 
 
 def prompts_of_transcript(values: Fields) -> Fields:
@@ -438,10 +438,10 @@ def prompts_of_transcript(values: Fields) -> Fields:
     text = values.get("transcript")
     if not isinstance(text, str) or "\n\nHuman:" not in text:
         raise RowError('"transcript" is no "\\n\\nHuman:" transcript', "drop the row")
-    said = text.split("\n\nHuman:", 1)[1].split("\n\nAssistant:", 1)[0].strip()
-    if not said:
+    prompt = text.split("\n\nHuman:", 1)[1].split("\n\nAssistant:", 1)[0].strip()
+    if not prompt:
         raise RowError('"transcript" starts with an empty turn', "drop the row")
-    return {"prompt": [{"role": "user", "content": said}]}
+    return {"prompt": [{"role": "user", "content": prompt}]}
 
 
 # ---- One published file to one file of converted rows ----
@@ -475,9 +475,9 @@ class Converter:
         layout = self.conversion.layout_for_kind(lambda values: self._filter_row(values, name))
         with atomic_write(part.rows) as out, atomic_write(part.aside) as aside:
             writer = _Writer(out, aside, counts, self)
-            for made in convert_rows(rows, layout, self.conversion.options, self.columns, identical="keep"):
-                pace.step(made.rows)
-                writer.take(made)
+            for converted in convert_rows(rows, layout, self.conversion.options, self.columns, identical="keep"):
+                pace.step(converted.rows)
+                writer.take(converted)
             writer.flush()
         if counts.accepted + counts.quarantined + sum(counts.filtered.values()) != counts.rows:
             raise AssertionError(f"rows do not add up: {counts}")
@@ -502,8 +502,8 @@ class Part:
 
     def counts(self) -> Counts | None:
         """The part's counts, or None if it is not finished."""
-        held = read_json(self.done)
-        return None if held is None else Counts.from_json(held)
+        saved = read_json(self.done)
+        return None if saved is None else Counts.from_json(saved)
 
     def lines(self) -> Iterator[list[dict[str, Any]]]:
         """Yield the rows to write, for one published row at a time."""
@@ -523,20 +523,20 @@ class _Writer:
     waiting: list[Converted] = field(default_factory=list)
     answers: int = 0
 
-    def take(self, made: Converted) -> None:
-        self.counts.rows += made.rows
-        if made.left_out:
-            self.counts.filtered[made.aside[0].what] += made.rows
-        elif made.aside:
-            self.counts.quarantined += made.rows
-            for q in made.aside:
-                held = {"where": q.where, "what": q.what, "how": q.how, "row": q.raw}
-                self.aside.write(json.dumps(held, default=str).encode() + b"\n")
+    def take(self, converted: Converted) -> None:
+        self.counts.rows += converted.rows
+        if converted.left_out:
+            self.counts.filtered[converted.aside[0].what] += converted.rows
+        elif converted.aside:
+            self.counts.quarantined += converted.rows
+            for q in converted.aside:
+                record = {"where": q.where, "what": q.what, "how": q.how, "row": q.raw}
+                self.aside.write(json.dumps(record, default=str).encode() + b"\n")
         elif self.how.labeller is None:
-            self._write(made)
+            self._write(converted)
         else:
-            self.waiting.append(made)
-            self.answers += len(made.trees)
+            self.waiting.append(converted)
+            self.answers += len(converted.trees)
             if self.answers >= BATCH:
                 self.flush()
 
@@ -544,19 +544,19 @@ class _Writer:
         """Label and write the waiting rows."""
         if not self.waiting or self.how.labeller is None:
             return
-        labelled = iter(self.how.labeller.label([t for made in self.waiting for t in made.trees]))
-        for made in self.waiting:
-            found = [next(labelled) for _ in made.trees]
-            kept = tuple(t for t in found if t is not None)
-            if kept:
-                self.counts.unlabelled += len(found) - len(kept)
-                self._write(replace(made, trees=kept))
+        labelled = iter(self.how.labeller.label([t for converted in self.waiting for t in converted.trees]))
+        for converted in self.waiting:
+            labelled_trees = [next(labelled) for _ in converted.trees]
+            kept_trees = tuple(t for t in labelled_trees if t is not None)
+            if kept_trees:
+                self.counts.unlabelled += len(labelled_trees) - len(kept_trees)
+                self._write(replace(converted, trees=kept_trees))
             else:
-                self.counts.filtered["no label"] += made.rows
+                self.counts.filtered["no label"] += converted.rows
         self.waiting, self.answers = [], 0
 
-    def _write(self, made: Converted) -> None:
-        rows = [row for tree in made.trees for row in written_rows(self.how.conversion.kind, tree)]
+    def _write(self, converted: Converted) -> None:
+        rows = [row for tree in converted.trees for row in written_rows(self.how.conversion.kind, tree)]
         self.out.write(json.dumps(rows, ensure_ascii=False).encode() + b"\n")
-        self.counts.accepted += made.rows
+        self.counts.accepted += converted.rows
         self.counts.examples += len(rows)

@@ -85,14 +85,14 @@ class Hub:
         info = self._with_retries(hub_id, "its page", lambda: api.dataset_info(hub_id, revision=revision))
         commit = str(info.sha)
 
-        listed = self._with_retries(
+        entries = self._with_retries(
             hub_id,
             "its list of files",
             lambda: [*api.list_repo_tree(hub_id, repo_type="dataset", revision=commit, recursive=True)],
         )
         files = [
             HubFile(f.path, f.size, f.lfs.sha256 if f.lfs else None, None if f.lfs else f.blob_id)
-            for f in listed
+            for f in entries
             if isinstance(f, RepoFile)
         ]
         card = getattr(info, "card_data", None)
@@ -152,15 +152,15 @@ class Hub:
 
         def ask() -> bytes:
             headers = {**build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-            answer = get_session().request(
+            response = get_session().request(
                 "GET", self._url(repository, file), headers=headers, follow_redirects=True, timeout=30
             )
-            hf_raise_for_status(answer)
-            content = bytes(answer.content)
-            found = content if answer.status_code == 206 else content[start:end]
-            if len(found) != end - start:
+            hf_raise_for_status(response)
+            content = bytes(response.content)
+            part = content if response.status_code == 206 else content[start:end]
+            if len(part) != end - start:
                 raise OSError("the connection broke")
-            return found
+            return part
 
         return self._with_retries(repository.hub_id, file.path, ask)
 
@@ -175,9 +175,11 @@ class Hub:
         """Bytes of these files that are already in the hub's cache."""
         from huggingface_hub import try_to_load_from_cache
 
-        where = (self.cache, repository.commit)
-        there = [try_to_load_from_cache(repository.hub_id, f.path, *where, repo_type="dataset") for f in files]
-        return sum(f.size for f, place in zip(files, there, strict=True) if isinstance(place, str))
+        location = (self.cache, repository.commit)
+        cached_paths = [
+            try_to_load_from_cache(repository.hub_id, f.path, *location, repo_type="dataset") for f in files
+        ]
+        return sum(f.size for f, path in zip(files, cached_paths, strict=True) if isinstance(path, str))
 
     def cache_folder(self) -> Path:
         """The folder of the hub's cache."""
@@ -203,7 +205,7 @@ class RemoteFile(io.RawIOBase):
     def __init__(self, hub: Hub, repository: Repository, file: HubFile) -> None:
         super().__init__()
         self._fetch_range = lambda start, end: hub.fetch_range(repository, file, start, end)
-        self._size, self._at, self.fetched = file.size, 0, 0
+        self._size, self._position, self.fetched = file.size, 0, 0
 
     def readable(self) -> bool:
         return True
@@ -212,21 +214,21 @@ class RemoteFile(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        return self._position
 
     def tell(self) -> int:
-        return self._at
+        return self._position
 
     def readinto(self, buffer: Any) -> int:
-        end = min(self._at + len(buffer), self._size)
-        if end <= self._at:
+        end = min(self._position + len(buffer), self._size)
+        if end <= self._position:
             return 0
-        found = self._fetch_range(self._at, end)
-        buffer[: len(found)] = found
-        self._at += len(found)
-        self.fetched += len(found)
-        return len(found)
+        data = self._fetch_range(self._position, end)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        self.fetched += len(data)
+        return len(data)
 
 
 def matches(path: Path, file: HubFile) -> bool:
@@ -237,11 +239,11 @@ def matches(path: Path, file: HubFile) -> bool:
         return file_sha256(path) == file.sha256
     if file.git_sha1 is None:
         return True
-    found = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+    digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest() == file.git_sha1
+            digest.update(block)
+    return digest.hexdigest() == file.git_sha1
 
 
 # ---- Errors ----
@@ -288,7 +290,7 @@ def explain_error(error: BaseException, hub_id: str, what: str) -> DataError:
     """Convert an error of the hub's client to a DataError that says what to do, without the original text."""
     from huggingface_hub import errors
 
-    private = "" if logged_in() else f"; if it is private, {LOGIN}"
+    login_hint = "" if logged_in() else f"; if it is private, {LOGIN}"
     explanations: dict[type[Exception], Advice] = {  # the most specific first
         errors.OfflineModeIsEnabled: (
             "HF_HUB_OFFLINE is set, so nothing is fetched",
@@ -302,7 +304,7 @@ def explain_error(error: BaseException, hub_id: str, what: str) -> DataError:
         errors.DisabledRepoError: ("access to it was disabled", "its page says more"),
         errors.RepositoryNotFoundError: (
             "there is no such data set on the hub, or it is private",
-            f"check the name: owner/name, as its page shows it{private}",
+            f"check the name: owner/name, as its page shows it{login_hint}",
         ),
         errors.RevisionNotFoundError: ("it has no such revision", "check --revision: a branch, a tag or a commit"),
         errors.LocalEntryNotFoundError: _unreachable(what, error),
@@ -312,8 +314,8 @@ def explain_error(error: BaseException, hub_id: str, what: str) -> DataError:
         ),
         errors.HfHubHTTPError: _refusal(what, status_of(error)),
     }
-    found = (said for kind, said in explanations.items() if isinstance(error, kind))
-    return DataError(HUB + hub_id, *next(found, _unreachable(what, error)))
+    matching = (advice for kind, advice in explanations.items() if isinstance(error, kind))
+    return DataError(HUB + hub_id, *next(matching, _unreachable(what, error)))
 
 
 def _gated() -> Advice:

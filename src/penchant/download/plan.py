@@ -32,12 +32,12 @@ REDACTED = ("keep", "only", "drop")
 
 def identity(request: GetRequest) -> dict[str, Any]:
     """The options that determine the result, as JSON values: all but output, redo, quiet and workers."""
-    held = json.loads(
+    options = json.loads(
         json.dumps({k: v for k, v in asdict(request).items() if k not in ("output", "redo", "quiet", "workers")})
     )
-    held["source"] = None if request.source is None else str(Path(request.source).expanduser().resolve())
-    own = own_sha256(request.layout or "")
-    return dict(held) if own is None else {**held, "layout_sha256": own}
+    options["source"] = None if request.source is None else str(Path(request.source).expanduser().resolve())
+    layout_hash = own_sha256(request.layout or "")
+    return dict(options) if layout_hash is None else {**options, "layout_sha256": layout_hash}
 
 
 def check_request(request: GetRequest) -> None:
@@ -73,8 +73,8 @@ def _check_labels(request: GetRequest) -> None:
         how = "keep one: both say which answers are good"
         raise ConfigError("--reward", "is given together with --label-with", how)
     if request.labels and request.as_ != "unpaired":
-        given = "--reward" if request.reward is not None else "--label-with"
-        raise ConfigError(given, "labels answers, which only unpaired data have", "add --as unpaired")
+        flag = "--reward" if request.reward is not None else "--label-with"
+        raise ConfigError(flag, "labels answers, which only unpaired data have", "add --as unpaired")
     if request.reward is not None and request.threshold is None:
         raise ConfigError("--threshold", "is missing", "a reward at or above it makes an answer good; give both")
     if request.reward is None and request.threshold is not None:
@@ -130,10 +130,10 @@ class Plan:
         return Repository(self.hub_id, self.commit, ())
 
     @staticmethod
-    def from_json(held: Mapping[str, Any]) -> Plan:
-        known = {f.name for f in fields(Source)}  # plans written by 0.1.0 have more fields
-        sources = tuple(Source(**{k: v for k, v in s.items() if k in known}) for s in held["sources"])
-        return Plan(**{**held, "sources": sources})
+    def from_json(record: Mapping[str, Any]) -> Plan:
+        field_names = {f.name for f in fields(Source)}  # plans written by 0.1.0 have more fields
+        sources = tuple(Source(**{k: v for k, v in s.items() if k in field_names}) for s in record["sources"])
+        return Plan(**{**record, "sources": sources})
 
 
 def make_plan(request: GetRequest, hub: Hub) -> Plan:
@@ -178,22 +178,24 @@ def hub_sources(
     """(files of a repository that a request reads, note on what is left out)."""
     if spec is not None:
         paths = {f.path: f for f in files}
-        found = tuple(
+        sources = tuple(
             Source(**asdict(paths[p]), split=split, subset=name, layout=layout, prompts_only=prompts_only)
             for name, split, p, (layout, prompts_only) in _catalog_files(
                 spec, chosen_subsets(spec, request.subsets), list(paths)
             )
         )
-        return found, _missing_note(spec, chosen_subsets(spec, request.subsets), found)
-    data = [f for f in files if ending(f.path) in READABLE and not f.path.startswith(".")]
-    chosen, left_out = _card_files(data, configs, request.subsets) if configs else _files_by_name(data, request.subsets)
+        return sources, _missing_note(spec, chosen_subsets(spec, request.subsets), sources)
+    data_files = [f for f in files if ending(f.path) in READABLE and not f.path.startswith(".")]
+    chosen, left_out = (
+        _card_files(data_files, configs, request.subsets) if configs else _files_by_name(data_files, request.subsets)
+    )
     return tuple(Source(**asdict(f), split=split, subset=subset) for f, split, subset in chosen), left_out
 
 
-def _missing_note(spec: Spec, subsets: Iterable[str], found: Sequence[Source]) -> str:
-    there = {(s.subset, s.split) for s in found}
-    gone = [f"{n} ({split})" for n in subsets for split in spec.subsets[n].splits if (n, split) not in there]
-    return f"not there: {', '.join(gone)}" if found and gone else ""
+def _missing_note(spec: Spec, subsets: Iterable[str], sources: Sequence[Source]) -> str:
+    present = {(s.subset, s.split) for s in sources}
+    missing = [f"{n} ({split})" for n in subsets for split in spec.subsets[n].splits if (n, split) not in present]
+    return f"not there: {', '.join(missing)}" if sources and missing else ""
 
 
 def _catalog_files(
@@ -201,14 +203,14 @@ def _catalog_files(
 ) -> Iterable[tuple[str, str, str, tuple[str, bool]]]:
     """(subset, split, path, (layout, prompts only)) of the paths that a catalog entry names."""
     for name in subsets:
-        held = spec.subsets[name]
-        for split, pattern in held.splits.items():
+        files = spec.subsets[name]
+        for split, pattern in files.splits.items():
             for path in sorted(p for p in paths if fnmatchcase(p, pattern)):
-                yield name, split, path, _row_layout(spec, held)
+                yield name, split, path, _row_layout(spec, files)
 
 
-def _row_layout(spec: Spec, held: Files) -> tuple[str, bool]:
-    return held.layout or spec.layout, held.prompts_only
+def _row_layout(spec: Spec, files: Files) -> tuple[str, bool]:
+    return files.layout or spec.layout, files.prompts_only
 
 
 Chosen = list[tuple[HubFile, str, str]]
@@ -218,32 +220,32 @@ def _card_files(
     files: Sequence[HubFile], configs: Sequence[Mapping[str, Any]], requested: tuple[str, ...]
 ) -> tuple[Chosen, str]:
     """(files, note on unread subsets) by the subsets and splits in a data set's card."""
-    named = {str(c.get("config_name", "default")): c for c in configs}
-    default = next((n for n, c in named.items() if c.get("default")), None)
-    default = default or ("default" if "default" in named else next(iter(named)))
-    wanted = tuple(named) if requested == ("all",) else requested or (default,)
-    for name in wanted:
-        if name not in named:
-            raise ConfigError("--subset", f"it has no subset {name!r}", f"it has {', '.join(named)}")
+    configs_by_name = {str(c.get("config_name", "default")): c for c in configs}
+    default = next((n for n, c in configs_by_name.items() if c.get("default")), None)
+    default = default or ("default" if "default" in configs_by_name else next(iter(configs_by_name)))
+    selected = tuple(configs_by_name) if requested == ("all",) else requested or (default,)
+    for name in selected:
+        if name not in configs_by_name:
+            raise ConfigError("--subset", f"it has no subset {name!r}", f"it has {', '.join(configs_by_name)}")
     chosen = [
         (f, split, "" if name == "default" else name)
-        for name in wanted
-        for split, patterns in _card_splits(named[name])
+        for name in selected
+        for split, patterns in _card_splits(configs_by_name[name])
         for f in files
         if any(fnmatchcase(f.path, p) or f.path.startswith(p.rstrip("/") + "/") for p in patterns)
     ]
-    others = [n for n in named if n not in wanted]
+    unread = [n for n in configs_by_name if n not in selected]
     if not chosen:
         return _files_by_name(files, ())
-    return chosen, f"subsets not read: {', '.join(others)} (--subset)" if others else ""
+    return chosen, f"subsets not read: {', '.join(unread)} (--subset)" if unread else ""
 
 
 def _card_splits(config: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    given = config.get("data_files")
-    if isinstance(given, list) and all(isinstance(g, Mapping) for g in given):
-        return [(split_of(str(g.get("split", "train"))), _patterns(g.get("path"))) for g in given]
-    if given is not None:
-        return [("train", _patterns(given))]
+    data_files = config.get("data_files")
+    if isinstance(data_files, list) and all(isinstance(g, Mapping) for g in data_files):
+        return [(split_of(str(g.get("split", "train"))), _patterns(g.get("path"))) for g in data_files]
+    if data_files is not None:
+        return [("train", _patterns(data_files))]
     folder = str(config.get("data_dir", "")).strip("/")
     return [(split, [f"{folder}/*{split}*"]) for split in SPLITS] if folder else []
 
@@ -259,10 +261,10 @@ def _files_by_name(files: Sequence[HubFile], requested: tuple[str, ...]) -> tupl
     sizes: dict[str, int] = {}
     for f in files:
         sizes[_file_type(f.path)] = sizes.get(_file_type(f.path), 0) + f.size
-    most = max(sizes, key=lambda k: sizes[k], default="")
-    others = [f.path for f in files if _file_type(f.path) != most]
-    left_out = f"files not read: {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}" if others else ""
-    return [(f, split_of(f.path), "") for f in files if _file_type(f.path) == most], left_out
+    main_type = max(sizes, key=lambda k: sizes[k], default="")
+    unread = [f.path for f in files if _file_type(f.path) != main_type]
+    left_out = f"files not read: {', '.join(unread[:5])}{' ...' if len(unread) > 5 else ''}" if unread else ""
+    return [(f, split_of(f.path), "") for f in files if _file_type(f.path) == main_type], left_out
 
 
 def _file_type(path: str) -> str:
@@ -271,8 +273,8 @@ def _file_type(path: str) -> str:
 
 def split_of(path: str) -> str:
     """The published split of a path: the last word in it that names one, or else train."""
-    found = [_SPLIT_WORDS[w] for w in re.findall(r"[a-z]+", path.lower()) if w in _SPLIT_WORDS]
-    return found[-1] if found else "train"
+    splits = [_SPLIT_WORDS[w] for w in re.findall(r"[a-z]+", path.lower()) if w in _SPLIT_WORDS]
+    return splits[-1] if splits else "train"
 
 
 # ---- A local copy ----
@@ -287,15 +289,15 @@ def local_plan(root: Path, request: GetRequest, spec: Spec | None) -> Plan:
         how = f"files are read that end with {', '.join(READABLE)}"
         raise DataError(str(root), "holds no file that can be read", how)
     subsets = chosen_subsets(spec, request.subsets) if spec else ()
-    found: Found = list(_catalog_files(spec, subsets, list(paths))) if spec else []
-    found = found or _files_anywhere(spec, subsets, paths)
-    if not found:
+    matches: Found = list(_catalog_files(spec, subsets, list(paths))) if spec else []
+    matches = matches or _files_anywhere(spec, subsets, paths)
+    if not matches:
         raise DataError(str(root), f"holds no file of {', '.join(subsets)}", "give another --subset or --from")
     sources = []
-    for subset, split, name, rows in found:
+    for subset, split, name, row_layout in matches:
         path = paths[name]
-        size, place = path.stat().st_size, str(path.resolve())
-        sources.append(Source(name, size, file_sha256(path), None, split, subset, place, *rows))
+        size, local_path = path.stat().st_size, str(path.resolve())
+        sources.append(Source(name, size, file_sha256(path), None, split, subset, local_path, *row_layout))
     left_out = _missing_note(spec, subsets, sources) if spec and any(s.subset for s in sources) else ""
     return Plan(str(root.resolve()), "", "", tuple(sources), spec.terms if spec else "", left_out)
 
@@ -303,9 +305,9 @@ def local_plan(root: Path, request: GetRequest, spec: Spec | None) -> Plan:
 def _readable_files(root: Path) -> dict[str, Path]:
     if not root.is_dir():
         return {f.name: f for f in find_files(str(root)) or () if ending(f.name) in READABLE}
-    found = sorted(p for p in root.rglob("*") if p.is_file() and ending(p.name) in READABLE)
-    inside = {p.relative_to(root).as_posix(): p for p in found}
-    return {name: p for name, p in inside.items() if not any(part.startswith(".") for part in name.split("/"))}
+    files = sorted(p for p in root.rglob("*") if p.is_file() and ending(p.name) in READABLE)
+    by_name = {p.relative_to(root).as_posix(): p for p in files}
+    return {name: p for name, p in by_name.items() if not any(part.startswith(".") for part in name.split("/"))}
 
 
 Found = list[tuple[str, str, str, tuple[Any, ...]]]
@@ -313,14 +315,14 @@ Found = list[tuple[str, str, str, tuple[Any, ...]]]
 
 def _files_anywhere(spec: Spec | None, subsets: tuple[str, ...], paths: Mapping[str, Path]) -> Found:
     """Files that are not at the published paths: the subset is a path part that equals its name, the split a word in the path."""
-    found: Found = []
+    matches: Found = []
     for name in paths:
         if spec is None:
-            found.append(("", split_of(name), name, ()))
+            matches.append(("", split_of(name), name, ()))
             continue
         parts = re.split(r"[/.]", name)
         subset = next((s for s in spec.subsets if s in parts), None)
         if subset is None or subset in subsets:
-            held = spec.subsets[subset or subsets[0]]
-            found.append((subset or "", split_of(name), name, _row_layout(spec, held)))
-    return found
+            files = spec.subsets[subset or subsets[0]]
+            matches.append((subset or "", split_of(name), name, _row_layout(spec, files)))
+    return matches

@@ -19,19 +19,28 @@ __all__ = ["evaluate_model"]
 
 
 def evaluate_model(
-    given: str | Path | RunConfig, overrides: Sequence[str], request: EvalRequest, *, quiet: bool, rows: bool = False
+    model_or_config: str | Path | RunConfig,
+    overrides: Sequence[str],
+    request: EvalRequest,
+    *,
+    quiet: bool,
+    rows: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a model and keep the figures; see `penchant.api.evaluate`.
 
     Args:
-        given: a run, model or config by name, or a final config; overrides: ``key.path=value``, not for a final config.
+        model_or_config: a run, model or config by name, or a final config; overrides: ``key.path=value``, not for a final config.
         rows: also return the figures of each answer.
     """
     request.check()
-    name = given.output if isinstance(given, RunConfig) else str(given)
-    found = (given, request.step) if isinstance(given, RunConfig) else find_run(name, request.step, overrides)
+    name = model_or_config.output if isinstance(model_or_config, RunConfig) else str(model_or_config)
+    config_and_step = (
+        (model_or_config, request.step)
+        if isinstance(model_or_config, RunConfig)
+        else find_run(name, request.step, overrides)
+    )
     if request.bare and not rows:
-        if found is None:
+        if config_and_step is None:
             check_exists(name)
             runs = runs_in(name)
             if runs:
@@ -41,17 +50,17 @@ def evaluate_model(
                 raise ConfigError(name, "no such run here", how)
             what = "is not a run, so it does not say what to evaluate on"
             raise ConfigError(name, what, "give --data FILE or --text FILE")
-        evaluated = evaluate_held_out(*found, quiet)
-        folder: Path | None = Path(found[0].output)
+        result = evaluate_held_out(*config_and_step, quiet)
+        folder: Path | None = Path(config_and_step[0].output)
     else:
-        if isinstance(given, RunConfig):
-            source = source_from_config(given, request.step, request.base)
+        if isinstance(model_or_config, RunConfig):
+            source = source_from_config(model_or_config, request.step, request.base)
         else:
             source = find_model(name, step=request.step, base=request.base, overrides=overrides)
-        evaluated = Evaluation(source, request, tuple(overrides), quiet).measure()
+        result = Evaluation(source, request, tuple(overrides), quiet).measure()
         folder = source.folder
     if folder is not None:
-        evaluated.notes.extend(damage_notes(folder))
-    evaluated.notes.extend(save(evaluated, folder, request))
-    notes = {"notes": evaluated.notes} if evaluated.notes else {}
-    return evaluated.metrics | notes | ({"rows": evaluated.answers} if rows else {})
+        result.notes.extend(damage_notes(folder))
+    result.notes.extend(save(result, folder, request))
+    notes = {"notes": result.notes} if result.notes else {}
+    return result.metrics | notes | ({"rows": result.answers} if rows else {})

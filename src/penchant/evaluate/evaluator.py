@@ -114,22 +114,22 @@ class Evaluation(EvaluationData):
         return LiveReference(prepare_for_inference(model, run.config, run.dtype, processor))
 
     def _check_context(self, source: Source, model: Any) -> None:
-        rows = model.get_input_embeddings().weight.shape[0]
-        if (tokens := tokens_of(self.run.rows.tokenizer)) > rows:
-            what = f"has {rows:,} embeddings, the tokenizer {tokens:,} tokens"
+        embeddings = model.get_input_embeddings().weight.shape[0]
+        if (tokens := tokens_of(self.run.rows.tokenizer)) > embeddings:
+            what = f"has {embeddings:,} embeddings, the tokenizer {tokens:,} tokens"
             raise ModelError(source.name, what, "give the tokenizer that the model was trained with")
         context = getattr(model.config, "max_position_embeddings", None)
         longest = max((len(t.prompt_ids) for t in self.prompts), default=0) if self.request.generate else 0
-        new = self.request.max_new_tokens if self.request.generate else 0
+        new_tokens = self.request.max_new_tokens if self.request.generate else 0
         length = self.config.data.max_length
-        if context is None or max(length, longest + new) <= context:
+        if context is None or max(length, longest + new_tokens) <= context:
             return
         if length > context:
             what = f"{length} is beyond the context of {source.name}, {context}"
             raise ConfigError("data.max_length", what, f"set data.max_length={context}")
         raise ConfigError(
             "--max-new-tokens",
-            f"the longest prompt has {longest} tokens, so {new} more go beyond the context of {source.name}, {context}",
+            f"the longest prompt has {longest} tokens, so {new_tokens} more go beyond the context of {source.name}, {context}",
             "lower it, or data.max_length, which cuts prompts",
         )
 
@@ -197,18 +197,18 @@ class Evaluation(EvaluationData):
             chunks, size, _ = self.documents
             figures += text_figures(self._score(policy, reference, chunks, "texts", exact=False), chunks, size)
         if self.request.generate is not None:
-            written, more, rows = self._generate(policy)
-            figures += more
+            completions, generated, rows = self._generate(policy)
+            figures += generated
             if reference is not None:
-                own = self._score(policy, reference, written.trees, "own completions")
-                figures += generation_kl(own, written, sampled=self.request.temperature == 1.0)
+                own_scores = self._score(policy, reference, completions.trees, "own completions")
+                figures += generation_kl(own_scores, completions, sampled=self.request.temperature == 1.0)
                 if self.request.temperature != 1.0:
                     self.notes.append("Sampled KL (k1, k3) is left out: it is unbiased at temperature 1 alone.")
         self._note_intervals(figures)
-        head: dict[str, Any] = {"model": self.source.name}
-        head |= {"checkpoint": self.source.checkpoint} if self.source.checkpoint else {}
-        head |= {"reference": self.reference_source.name} if self.reference_source is not None else {}
-        return EvaluationResult(head | flatten(figures), self.notes, self._settings(), rows, self.source.step, answers)
+        names: dict[str, Any] = {"model": self.source.name}
+        names |= {"checkpoint": self.source.checkpoint} if self.source.checkpoint else {}
+        names |= {"reference": self.reference_source.name} if self.reference_source is not None else {}
+        return EvaluationResult(names | flatten(figures), self.notes, self._settings(), rows, self.source.step, answers)
 
     def _answer_rows(self, scores: TokenScores) -> list[dict[str, Any]]:
         """The figures of each given answer next to its texts, under the same names as the overall figures."""
@@ -228,10 +228,10 @@ class Evaluation(EvaluationData):
         counts = {"prompts with answers": len({t.prompt_key for t in self.answers})} if self.answers else {}
         counts |= {"documents": len(self.documents[1])} if self.request.text is not None else {}
         counts |= {"prompts written to": len(self.prompts)} if self.request.generate is not None else {}
-        few = [f"{n} {what}" for what, n in counts.items() if n < FEW_PROMPTS]
-        if few:
+        small = [f"{n} {label}" for label, n in counts.items() if n < FEW_PROMPTS]
+        if small:
             self.notes.append(
-                f"Intervals from fewer than {FEW_PROMPTS} prompts are too narrow to rely on: {', '.join(few)}."
+                f"Intervals from fewer than {FEW_PROMPTS} prompts are too narrow to rely on: {', '.join(small)}."
             )
         if any(f.interval is None for f in figures):
             self.notes.append("Figures of a single prompt or document have no interval.")
@@ -256,7 +256,7 @@ class Evaluation(EvaluationData):
     def _generate(self, policy: LiveReference) -> tuple[Completions, list[Figure], list[dict[str, Any]]]:
         """Sample completions; return them, their figures, and their rows for a file."""
         r, tokenizer = self.request, self.run.rows.tokenizer
-        written = sample_completions(
+        completions = sample_completions(
             policy.scorer.model,
             tokenizer,
             [t.prompt_ids.tolist() for t in self.prompts],
@@ -268,34 +268,38 @@ class Evaluation(EvaluationData):
             sources=[t.source for t in self.prompts],
             progress=self.run.console.counter("prompts written to"),
         )
-        also = {n: score_completions(j, tokenizer, written.trees, written.texts) for n, j in self.judges.items() if n}
-        figures = generation_figures(written, also)
+        also = {
+            n: score_completions(j, tokenizer, completions.trees, completions.texts)
+            for n, j in self.judges.items()
+            if n
+        }
+        figures = generation_figures(completions, also)
         references = [self.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.prompts for _ in range(r.samples)]
-        have = [i for i, refs in enumerate(references) if refs]
-        if r.overlap and have:
+        indices = [i for i, refs in enumerate(references) if refs]
+        if r.overlap and indices:
             overlap, signature = overlap_figures(
-                [written.texts[i].strip() for i in have],
-                [references[i] for i in have],
-                written.prompts[have],
+                [completions.texts[i].strip() for i in indices],
+                [references[i] for i in indices],
+                completions.prompts[indices],
                 stemmer=r.stemmer,
             )
             figures += overlap
             self.notes.append(f"{signature}.")
-        return written, figures, self._completion_rows(written, also, references)
+        return completions, figures, self._completion_rows(completions, also, references)
 
     def _completion_rows(
-        self, written: Completions, also: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
+        self, generated: Completions, other_rewards: Mapping[str, np.ndarray], references: Sequence[Sequence[str]]
     ) -> list[dict[str, Any]]:
         decode = self.run.rows.tokenizer.decode
         rows = []
-        for i, prompt in enumerate(written.prompts.tolist()):
-            tree = written.trees[prompt]
+        for i, prompt in enumerate(generated.prompts.tolist()):
+            tree = generated.trees[prompt]
             row: dict[str, Any] = {
                 "source": tree.source,
                 "prompt": decode(tree.prompt_ids.tolist(), skip_special_tokens=True),
                 "sample": i % self.request.samples,
-                "completion": written.texts[i],
-                **written.row(i, also),
+                "completion": generated.texts[i],
+                **generated.row(i, other_rewards),
             }
             row |= {"references": list(references[i])} if references[i] else {}
             rows.append(row)
@@ -303,27 +307,27 @@ class Evaluation(EvaluationData):
 
     def _settings(self) -> dict[str, Any]:
         """Settings and fingerprints of the evaluation, for the log."""
-        found: dict[str, Any] = {"model": self.source.name, "checkpoint": self.source.checkpoint or None}
+        settings: dict[str, Any] = {"model": self.source.name, "checkpoint": self.source.checkpoint or None}
         reference = self.reference_source
         if reference is not None:
-            found["reference"] = reference.base.path if reference.name == START else reference.name
+            settings["reference"] = reference.base.path if reference.name == START else reference.name
         if self.rows is not None and (self.answers or self.request.generate is not None):
-            found |= {"data": self.request.data or "held out", "fingerprint": self.rows.fingerprint}
-            found |= {"rows": self.rows.accepted, "kept_aside": len(self.rows.quarantined)}
+            settings |= {"data": self.request.data or "held out", "fingerprint": self.rows.fingerprint}
+            settings |= {"rows": self.rows.accepted, "kept_aside": len(self.rows.quarantined)}
         if self.request.text is not None:
-            found |= {"text": self.request.text, "text_fingerprint": self.documents[2]}
-        found |= self.request.settings() | {"beta": self.beta, "exact_kl": self.exact}
-        return found | {"dtype": str(self.run.dtype).removeprefix("torch."), "device": str(self.run.device)}
+            settings |= {"text": self.request.text, "text_fingerprint": self.documents[2]}
+        settings |= self.request.settings() | {"beta": self.beta, "exact_kl": self.exact}
+        return settings | {"dtype": str(self.run.dtype).removeprefix("torch."), "device": str(self.run.device)}
 
 
 def evaluate_held_out(config: RunConfig, step: str, quiet: bool) -> EvaluationResult:
     """Compute a run's own held-out metrics, the same as during training."""
     run = Run(config, quiet=quiet)
     metrics = run.evaluate(step)
-    held = run.rows.datasets[1]
-    assert held is not None
+    held_out = run.rows.datasets[1]
+    assert held_out is not None
     name = metrics["checkpoint"]
-    what = {"checkpoint": name, "data": "held out", "fingerprint": held.fingerprint, "rows": held.accepted}
-    what |= {"dtype": str(run.dtype).removeprefix("torch."), "device": str(run.device)}
-    at = 0 if name == START else int(name.removeprefix("step-"))
-    return EvaluationResult(metrics, changed_since(run.folder, run.config), what, [], at)
+    settings = {"checkpoint": name, "data": "held out", "fingerprint": held_out.fingerprint, "rows": held_out.accepted}
+    settings |= {"dtype": str(run.dtype).removeprefix("torch."), "device": str(run.device)}
+    at_step = 0 if name == START else int(name.removeprefix("step-"))
+    return EvaluationResult(metrics, changed_since(run.folder, run.config), settings, [], at_step)

@@ -58,9 +58,9 @@ class EvaluationData:
     @cached_property
     def run(self) -> Run:
         """The run that reads rows, tokenizes them, and sets the precision and device of models."""
-        own = self.source.adapter is not None or self.source.checkpoint not in ("", START)
+        is_checkpoint = self.source.adapter is not None or self.source.checkpoint not in ("", START)
         # the checkpoint's own tokenizer, because the model that it started from may be gone
-        tokenizer = load_tokenizer(self.source.tokenizer) if own else None
+        tokenizer = load_tokenizer(self.source.tokenizer) if is_checkpoint else None
         return Run(self.config, quiet=self.quiet, tokenizer=tokenizer)
 
     @cached_property
@@ -103,13 +103,13 @@ class EvaluationData:
     def tokens(self) -> TokenizedDataset:
         assert self.rows is not None
         tokenized = self.run.rows.tokenize(self.rows)
-        for what, count in (
+        for label, count in (
             ("rows could not be made into tokens", len(tokenized.quarantined)),
             ("prompts lost their start", len(tokenized.cut_prompts)),
             ("rows have an answer that lost its end", len(tokenized.cut_completions)),
         ):
             if count:
-                self.notes.append(f"At data.max_length {self.config.data.max_length}: {count:,} {what}.")
+                self.notes.append(f"At data.max_length {self.config.data.max_length}: {count:,} {label}.")
         if not tokenized.trees:
             how = "look at data.max_length"
             raise DataError(str(self.request.data), "no row is left after cutting rows into tokens", how)
@@ -149,19 +149,19 @@ class EvaluationData:
         first: dict[bytes, TokenTree] = {}
         for t in self.tokens.trees:
             first.setdefault(t.prompt_ids.tobytes(), t)
-        wanted = self.request.generate or 0
-        if len(first) < wanted:
-            self.notes.append(f"There are {counted(len(first), 'prompt')}, not {wanted:,}.")
-        return list(first.values())[:wanted]
+        requested = self.request.generate or 0
+        if len(first) < requested:
+            self.notes.append(f"There are {counted(len(first), 'prompt')}, not {requested:,}.")
+        return list(first.values())[:requested]
 
     @cached_property
     def good_answers(self) -> dict[bytes, list[str]]:
         """Texts of the good answers by prompt."""
         assert self.rows is not None
-        text_of = {t.source: t for t in self.rows.trees}
+        tree_of = {t.source: t for t in self.rows.trees}
         answers: dict[bytes, list[str]] = {}
         for t in self.answers:
-            for i, c in enumerate(text_of[t.source].completions):
+            for i, c in enumerate(tree_of[t.source].completions):
                 if c.label if c.label is not None else i == 0:
                     answers.setdefault(t.prompt_ids.tobytes(), []).append(c.text.strip())
         return answers

@@ -68,14 +68,14 @@ def format_table(metrics: Mapping[str, Any], whole: bool = True) -> str:
     lines = []
     for name in names:
         value = metrics[name]
-        shown = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
-        line = f"{printable(name):<{width}} {shown:>12}"
+        text = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
+        line = f"{printable(name):<{width}} {text:>12}"
         if isinstance(value, float):
-            over = _count_text(metrics, name)
-            line += f"  {spans[name]:<{span_width}}  {over}"
-            known = metric(name)
+            count = _count_text(metrics, name)
+            line += f"  {spans[name]:<{span_width}}  {count}"
+            entry = metric(name)
             if not whole:
-                line += f"{' ' * max(2, 18 - len(over))}{known.word or known.label}"
+                line += f"{' ' * max(2, 18 - len(count))}{entry.word or entry.label}"
         lines.append(line.rstrip())
     if hidden and not whole:
         lines.append(f"{hidden} more with --all; --explain says what each is")
@@ -86,9 +86,9 @@ def explain(metrics: Mapping[str, Any]) -> str:
     """Describe each figure: meaning and formula."""
     lines = []
     for name in _figure_names(metrics):
-        known = metric(name)
-        if known.meaning:
-            lines += [printable(name), *(f"    {line}" for line in (known.meaning, known.formula) if line)]
+        entry = metric(name)
+        if entry.meaning:
+            lines += [printable(name), *(f"    {line}" for line in (entry.meaning, entry.formula) if line)]
     return "\n".join(lines)
 
 

@@ -104,52 +104,52 @@ def _front_matter(subject: Subject, form: Format) -> str:
     if not looks_like_folder(subject.base.path):
         values["base_model"] = subject.base.path
         values["base_model_relation"] = "adapter" if form.name == "adapter" else "finetune"
-    found = [config.data.path] if isinstance(config.data.path, str) else config.data.path
-    hub = [p.split(":")[0] for p in found if not looks_like_folder(p) and not Path(p).suffix]
-    if hub:
-        values["datasets"] = hub
+    paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
+    hub_ids = [p.split(":")[0] for p in paths if not looks_like_folder(p) and not Path(p).suffix]
+    if hub_ids:
+        values["datasets"] = hub_ids
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
 
 
 def _summary(subject: Subject, form: Format, dtype: str, manifest: Mapping[str, Any]) -> str:
-    what = "A reward model" if subject.reward else "A language model"
-    how = "a LoRA adapter" if subject.adapter is not None else "all weights"
+    kind = "A reward model" if subject.reward else "A language model"
+    trained_part = "a LoRA adapter" if subject.adapter is not None else "all weights"
     steps = manifest.get("total_steps")
-    of = f" of {steps}" if steps else ""
+    total = f" of {steps}" if steps else ""
     return (
-        f"{what}, made from {inline_code(base_name(subject))} by {subject.config.method.name.replace('+', ' and ')}: {how} trained for "
-        f"{subject.step}{of} optimizer steps with Penchant {penchant.__version__}. This is {form.what}, in {dtype}."
+        f"{kind}, made from {inline_code(base_name(subject))} by {subject.config.method.name.replace('+', ' and ')}: {trained_part} trained for "
+        f"{subject.step}{total} optimizer steps with Penchant {penchant.__version__}. This is {form.what}, in {dtype}."
     )
 
 
 def _loading_code(subject: Subject, form: Format, files: Mapping[str, str]) -> str:
-    auto = "AutoModelForSequenceClassification" if subject.reward else "AutoModelForCausalLM"
+    auto_class = "AutoModelForSequenceClassification" if subject.reward else "AutoModelForCausalLM"
     file = next((f for f in files if f.endswith(".gguf")), "")
     labels = ", num_labels=1" if subject.reward else ""
-    return form.load.format(auto=auto, folder="FOLDER", base=base_name(subject), file=file, labels=labels)
+    return form.load.format(auto=auto_class, folder="FOLDER", base=base_name(subject), file=file, labels=labels)
 
 
 def _settings(config: RunConfig) -> str:
-    shown = config.model_dump(mode="json", exclude=set(OMITTED_SETTINGS))
-    shown["reference"].pop("cache_dir", None)
-    text = yaml.safe_dump(strip_paths(shown), sort_keys=False, allow_unicode=True)
+    settings = config.model_dump(mode="json", exclude=set(OMITTED_SETTINGS))
+    settings["reference"].pop("cache_dir", None)
+    text = yaml.safe_dump(strip_paths(settings), sort_keys=False, allow_unicode=True)
     return text.replace("```", "'''")
 
 
 def _data(subject: Subject, run: Folder) -> str:
     names = strip_paths(subject.config.data.path)
-    shown = ", ".join(inline_code(n) for n in ([names] if isinstance(names, str) else names))
+    sources = ", ".join(inline_code(n) for n in ([names] if isinstance(names, str) else names))
     rows = ["| | rows | kept aside | fingerprint |", "|---|---|---|---|"]
     for name, part in mapping(run.manifest.get("data")).items():
-        one = mapping(part)
-        count = one.get("accepted", one.get("rows", ""))
+        split = mapping(part)
+        count = split.get("accepted", split.get("rows", ""))
         rows.append(
-            f"| {escape_markdown(name)} | {count} | {one.get('quarantined', '')} | `{one.get('fingerprint', '')}` |"
+            f"| {escape_markdown(name)} | {count} | {split.get('quarantined', '')} | `{split.get('fingerprint', '')}` |"
         )
-    found = map(mapping, mapping(run.audit.get("findings")).values())
-    audit = [f"- {escape_markdown(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in found if f.get("count")]
+    items = map(mapping, mapping(run.audit.get("findings")).values())
+    audit = [f"- {escape_markdown(f.get('title'))}: {f.get('count')} of {f.get('of')}" for f in items if f.get("count")]
     findings = "\n".join(audit) if audit else "- nothing was found"
-    return f"From {shown}.\n\n" + "\n".join(rows) + f"\n\nWhat the audit of the data found:\n\n{findings}"
+    return f"From {sources}.\n\n" + "\n".join(rows) + f"\n\nWhat the audit of the data found:\n\n{findings}"
 
 
 def _results(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
@@ -173,16 +173,16 @@ def _results(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
             escape_markdown(metric(name).meaning),
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    many = after.get("eval/rows")
+    held_out = after.get("eval/rows")
     return (
-        f"On {counted(int(many or 0), 'row')} held out from training (intervals over rows or prompts):\n\n"
+        f"On {counted(int(held_out or 0), 'row')} held out from training (intervals over rows or prompts):\n\n"
         + "\n".join(rows)
     )
 
 
 def _flags(run: Folder) -> str:
-    shown = ((escape_markdown(f.get(key)) for key in ("title", "level", "sentence")) for f in run.flags or ())
-    return "\n".join(f"- **{title}** ({level}): {said}" for title, level, said in shown) or "No flag was raised."
+    flags = ((escape_markdown(f.get(key)) for key in ("title", "level", "sentence")) for f in run.flags or ())
+    return "\n".join(f"- **{title}** ({level}): {text}" for title, level, text in flags) or "No flag was raised."
 
 
 def _export(form: Format, dtype: str, check: Check, notes: Sequence[str]) -> str:
@@ -200,11 +200,11 @@ def _hashes(files: Mapping[str, str], manifest: Mapping[str, Any]) -> str:
 def _versions(manifest: Mapping[str, Any]) -> str:
     names = ("penchant", "python", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
     hardware = mapping(manifest.get("hardware"))
-    on = ", ".join(
+    machine = ", ".join(
         f"{k} {escape_markdown(v)}" for k, v in hardware.items() if k in ("cpu", "gpu", "device", "dtype") and v
     )
     return (
         ", ".join(f"{n} {escape_markdown(manifest[n])}" for n in names if manifest.get(n))
-        + (f"; {on}" if on else "")
+        + (f"; {machine}" if machine else "")
         + "."
     )

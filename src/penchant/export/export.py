@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import EXPORT, aside_of, sweep, writing
+from penchant.base.files import EXPORT, sweep, temp_path, writing
 from penchant.base.hub import reset_hub_state
 from penchant.base.text import told
 from penchant.errors import CheckpointError, ConfigError, ModelError
@@ -48,17 +48,17 @@ def check_finished(folder: Path, expected_record: Mapping[str, Any]) -> tuple[Ch
         raise exists_error(folder, "it is not a finished export")
     for name, value in expected_record.items():
         if record.get(name) != value:
-            other = f"is of another {name} ({record.get(name)!r}, not {value!r})"
-            raise exists_error(folder, f"it {other if name in record else f'does not say which {name}'}")
-    found, written = file_hashes(folder), mapping(record.get("sha256"))
-    for name in sorted({*found, *written, CARD}):
-        if name not in found:
+            difference = f"is of another {name} ({record.get(name)!r}, not {value!r})"
+            raise exists_error(folder, f"it {difference if name in record else f'does not say which {name}'}")
+    current, recorded = file_hashes(folder), mapping(record.get("sha256"))
+    for name in sorted({*current, *recorded, CARD}):
+        if name not in current:
             raise exists_error(folder, f"its file {name!r} is missing")
-        if name not in (RECORD, CARD) and found[name] != written.get(name):
+        if name not in (RECORD, CARD) and current[name] != recorded.get(name):
             raise exists_error(folder, f"{name!r} is not as the export wrote it")
     check, notes = _parse_check(record.get("check")), record.get("notes")
-    lines = isinstance(notes, list) and all(isinstance(note, str) and note.isprintable() for note in notes)
-    if check is None or not check.good or not lines:
+    valid_notes = isinstance(notes, list) and all(isinstance(note, str) and note.isprintable() for note in notes)
+    if check is None or not check.good or not valid_notes:
         raise exists_error(folder, f"its {RECORD} records no comparison that was passed")
     return check, tuple(record["notes"])
 
@@ -69,8 +69,8 @@ def exists_error(folder: Path, why: str | None = None) -> CheckpointError:
     return CheckpointError(str(folder), f"already exists, and {reason}", "give another --output")
 
 
-def _parse_check(found: Any) -> Check | None:
-    values: dict[str, Any] = {f.name: mapping(found).get(f.name) for f in fields(Check)}
+def _parse_check(record: Any) -> Check | None:
+    values: dict[str, Any] = {f.name: mapping(record).get(f.name) for f in fields(Check)}
     numbers = [v for name, v in values.items() if not (name == "greedy" and v is None)]
     return Check(**values) if all(isinstance(v, (int, float)) for v in numbers) else None
 
@@ -93,10 +93,10 @@ def check_push(repo: str, base: str | None = None) -> None:
 
     try:
         validate_repo_id(repo)
-        named = repo.count("/") == 1
+        valid = repo.count("/") == 1
     except HFValidationError:
-        named = False
-    if not named:
+        valid = False
+    if not valid:
         raise ConfigError("--push", f"{repo!r} is not the name of a repository", "give owner/name")
     if get_token() is None:
         raise ConfigError("--push", "there is no token of the hub", "set HF_TOKEN, or log in with `hf auth login`")
@@ -157,8 +157,8 @@ def export_run(request: ExportRequest, say: Callable[[str], None] = lambda _: No
         ModelError: the format cannot hold this model, or what was read back differs (it is kept as ``NAME.failed``).
     """
     form, subject, dtype = _validate_request(request)
-    named = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
-    folder = Path(request.output).expanduser() if request.output else subject.run / "export" / named
+    default_name = f"step-{subject.step}-{form.name}" + ("" if request.dtype == "auto" else f"-{dtype}")
+    folder = Path(request.output).expanduser() if request.output else subject.run / "export" / default_name
     if request.push is not None:
         check_push(request.push, subject.base.path if form.name == "adapter" else None)
     if folder.exists() or folder.is_symlink():
@@ -182,25 +182,25 @@ def _export_to(
 ) -> tuple[Check, tuple[str, ...]]:
     """Write to a temporary folder, and rename it if the comparison passes."""
     form.check(subject)
-    aside = aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    temp = temp_path(folder)
+    shutil.rmtree(temp, ignore_errors=True)
     try:
         with writing(folder):
             folder.parent.mkdir(parents=True, exist_ok=True)
             sweep(folder.parent, f"{folder.name}-*")
-            aside.mkdir()
-            check, notes = _write(subject, form, request, dtype, aside)
+            temp.mkdir()
+            check, notes = _write(subject, form, request, dtype, temp)
             if not check.good:  # a failed export is kept for inspection under a name that says so
                 names = (folder.with_name(f"{folder.name}.failed{i or ''}") for i in range(10_000))
                 failed = next(n for n in names if not n.exists())
-                os.rename(aside, failed)
+                os.rename(temp, failed)
                 what = f"what was written is not the run's model: {check.to_text()}"
                 raise ModelError(str(folder), what, f"see {failed}")
             if folder.exists():
                 raise exists_error(folder)
-            os.rename(aside, folder)
+            os.rename(temp, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
     return check, notes
 
 
@@ -217,9 +217,9 @@ def _validate_request(request: ExportRequest) -> tuple[Format, Subject, str]:
 
 def _identity(subject: Subject, form: Format, dtype: str) -> dict[str, Any]:
     """Return what identifies an export, including a hash of the checkpoint's manifest, since a run may be trained again under its name."""
-    sums = hashlib.sha256((subject.checkpoint / MANIFEST).read_bytes()).hexdigest()
-    named = {"run": subject.run.name, "step": subject.step, "format": form.name, "dtype": dtype}
-    return {**named, "checkpoint": sums}  # last, so that a difference in a familiar name is reported first
+    digest = hashlib.sha256((subject.checkpoint / MANIFEST).read_bytes()).hexdigest()
+    identity = {"run": subject.run.name, "step": subject.step, "format": form.name, "dtype": dtype}
+    return {**identity, "checkpoint": digest}  # last, so that a difference in a familiar name is reported first
 
 
 def _write(
@@ -227,14 +227,14 @@ def _write(
 ) -> tuple[Check, tuple[str, ...]]:
     """Write the files, compare what is read back, and describe them."""
     rows = subject.rows()
-    own = outputs(subject.load_own(), rows)
+    own_outputs = outputs(subject.load_own(), rows)
     model, notes = form.write(subject, request, dtype, folder)
     notes = (*notes, *(f"the run's {name} was changed after it was written" for name in damaged_files(subject.run)))
     expected = outputs(model, rows)
     del model
     merged = subject.adapter is not None and form.name != "adapter" and not subject.reward
     check = compare_outputs(
-        own,
+        own_outputs,
         expected,
         outputs(form.read(subject, folder), rows),
         equal=form.equal,
@@ -243,8 +243,8 @@ def _write(
         tokens=sum(map(len, rows)),
     )
     files = file_hashes(folder)
-    record = {"check": check.to_json(), "notes": list(notes), "sha256": files}
-    about = {**_identity(subject, form, dtype), **record}
-    (folder / RECORD).write_text(json.dumps(about, indent=1), encoding="utf-8")
+    results = {"check": check.to_json(), "notes": list(notes), "sha256": files}
+    record = {**_identity(subject, form, dtype), **results}
+    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     (folder / CARD).write_text(model_card(subject, form, dtype, check, files, notes), encoding="utf-8")
     return check, notes

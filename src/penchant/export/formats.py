@@ -76,8 +76,8 @@ def _cast_state(model: Any, dtype: str) -> dict[str, Tensor]:
 def _save_config(config: Any, dtype: str, folder: Path) -> None:
     """Write ``config.json`` with the dtype that the weights are stored in, which is the one they are loaded in."""
     parts = (getattr(config, name, None) for name in config.sub_configs)
-    for one in (config, *(p for p in parts if p is not None)):
-        one.dtype = DTYPES[dtype]
+    for part in (config, *(p for p in parts if p is not None)):
+        part.dtype = DTYPES[dtype]
     config.save_pretrained(folder)
 
 
@@ -183,17 +183,17 @@ FORMATS = {
 }  # fmt: skip
 
 
-def dtype_of(form: Format, subject: Subject, asked: str) -> str:
+def dtype_of(form: Format, subject: Subject, requested: str) -> str:
     """Return the name of the dtype that weights are stored in.
 
     Raises:
         ConfigError: the format does not support it.
     """
-    if asked == "auto":
+    if requested == "auto":
         return DTYPE_NAMES[subject.dtype()]
-    if asked not in form.dtypes:
-        raise ConfigError("--dtype", f"{form.name} has no {asked}", f"there are {', '.join(form.dtypes)}")
-    return asked
+    if requested not in form.dtypes:
+        raise ConfigError("--dtype", f"{form.name} has no {requested}", f"there are {', '.join(form.dtypes)}")
+    return requested
 
 
 # ---- Comparison: does the exported model compute what the run's model computes, and how far is it off by rounding? ----
@@ -230,35 +230,35 @@ class Check:
 
     def to_text(self) -> str:
         """Format as one line."""
-        what = "scores" if self.greedy is None else "logits"
-        same = "" if self.greedy is None else f"; the same likeliest token at {self.greedy:.1%} of positions"
+        quantity = "scores" if self.greedy is None else "logits"
+        agreement = "" if self.greedy is None else f"; the same likeliest token at {self.greedy:.1%} of positions"
         return (
-            f"read back and compared on {self.tokens} tokens: {what} differ by at most {self.read:.3g} from the weights that were "
+            f"read back and compared on {self.tokens} tokens: {quantity} differ by at most {self.read:.3g} from the weights that were "
             f"written (allowed: {self.read_limit:.3g}) and by {self.own:.3g} from the run's own model (allowed: {self.own_limit:.3g}, "
-            f"largest: {self.largest:.3g}){same}"
+            f"largest: {self.largest:.3g}){agreement}"
         )
 
 
 def compare_outputs(
-    own: Tensor, written: Tensor, read: Tensor, *, equal: float, dtype: str, exact: bool, tokens: int
+    original: Tensor, expected: Tensor, read: Tensor, *, equal: float, dtype: str, exact: bool, tokens: int
 ) -> Check:
     """Compare outputs, each (tokens, V).
 
     Args:
-        own: from the run's model; written: from the weights that the files should hold; read: from the model read back.
+        original: from the run's model; expected: from the weights that the files should hold; read: from the model read back.
         equal: allowed difference between the last two, relative to the largest; dtype: of the files; exact: the run's weights already
             have that dtype, so nothing may change.
     """
-    largest = float(own.abs().max())
+    largest = float(original.abs().max())
     scale = max(1.0, largest)
     return Check(
         tokens=tokens,
         largest=largest,
-        read=_max_difference(read, written),
+        read=_max_difference(read, expected),
         read_limit=equal * scale,
-        own=_max_difference(read, own),
+        own=_max_difference(read, original),
         own_limit=equal * scale if exact else ROUNDING[dtype] * scale,
-        greedy=None if own.shape[-1] == 1 else float((own.argmax(-1) == read.argmax(-1)).float().mean()),
+        greedy=None if original.shape[-1] == 1 else float((original.argmax(-1) == read.argmax(-1)).float().mean()),
     )
 
 

@@ -100,18 +100,18 @@ def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
 def _bpe_kind(definition: Mapping[str, Any], where: str) -> tuple[str, str, bool, tuple[str, ...]]:
     """Return (model, pre-tokenizer, whether a space is put before a text, notes) of a BPE tokenizer."""
     pre_tokenizer, normalizer, model = definition["pre_tokenizer"], definition["normalizer"], definition["model"]
-    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
     if model.get("byte_fallback"):
-        if not marked and pre_tokenizer is None and _adds_leading_space(normalizer) is not None:
+        if not affixes and pre_tokenizer is None and _adds_leading_space(normalizer) is not None:
             return "llama", "default", bool(_adds_leading_space(normalizer)), ()
     else:
         name = _pre_tokenizer_name(pre_tokenizer)
         # of these, llama.cpp looks up whole words before merging for Llama 3 only
-        if bool(model.get("ignore_merges")) != (name == "llama-bpe") or marked:
+        if bool(model.get("ignore_merges")) != (name == "llama-bpe") or affixes:
             name = None
         if name is not None and (normalizer is None or normalizer == {"type": "NFC"}):
-            told = "texts are not normalized (NFC) by llama.cpp before they are cut, as they are in transformers"
-            return "gpt2", name, False, (told,) if normalizer else ()
+            note = "texts are not normalized (NFC) by llama.cpp before they are cut, as they are in transformers"
+            return "gpt2", name, False, (note,) if normalizer else ()
     what = "its tokenizer cuts texts in a way that llama.cpp has no verified name for here"
     raise ModelError(where, what, "use --to safetensors; llama.cpp's own converter may know it")
 
@@ -130,13 +130,13 @@ def _pre_tokenizer_name(pre_tokenizer: Any) -> str | None:
     parts = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if isinstance(pre_tokenizer, Mapping) else []
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
         return None
-    before, regex = parts[:-1], bool(parts[-1].get("use_regex", True))
-    if not before and regex:
+    others, regex = parts[:-1], bool(parts[-1].get("use_regex", True))
+    if not others and regex:
         return "gpt-2"
-    if before == [_DIGITS] and regex:
+    if others == [_DIGITS] and regex:
         return "smollm"
-    if len(before) == 1 and not regex and before[0].get("type") == "Split" and before[0].get("behavior") == "Isolated":
-        pattern = before[0].get("pattern", {}).get("Regex")
+    if len(others) == 1 and not regex and others[0].get("type") == "Split" and others[0].get("behavior") == "Isolated":
+        pattern = others[0].get("pattern", {}).get("Regex")
         return {_QWEN2: "qwen2", _LLAMA3: "llama-bpe"}.get(pattern)
     return None
 
@@ -205,7 +205,7 @@ def check_config(config: Any, where: str) -> str:
     if kind not in ARCHITECTURES:
         raise ModelError(where, f"GGUF export knows {', '.join(ARCHITECTURES)}, not {kind}", "use --to safetensors")
     rope = dict(config.rope_parameters or {})
-    wrong = {
+    unsupported = {
         "rope_type": rope.get("rope_type", "default") != "default",
         "partial_rotary_factor": float(rope.get("partial_rotary_factor", 1.0)) != 1.0,
         "hidden_act": config.hidden_act != "silu",
@@ -214,8 +214,8 @@ def check_config(config: Any, where: str) -> str:
         "sliding_window": _uses_sliding_window(config),
         "head_dim": kind == "qwen3" and getattr(config, "head_dim", None) != QWEN3_HEAD,
     }
-    for name, is_wrong in wrong.items():
-        if is_wrong:
+    for name, is_unsupported in unsupported.items():
+        if is_unsupported:
             value = rope.get(name, getattr(config, name, None))
             what = f"GGUF export of {kind} with {name}={value} is not verified"
             raise ModelError(where, what, "use --to safetensors")
@@ -225,8 +225,8 @@ def check_config(config: Any, where: str) -> str:
 def _uses_sliding_window(config: Any) -> bool:
     """Return True if attention is limited to a window shorter than the context."""
     window: int | None = getattr(config, "sliding_window", None)
-    used = getattr(config, "use_sliding_window", True)
-    return window is not None and bool(used) and window < int(config.max_position_embeddings)
+    enabled = getattr(config, "use_sliding_window", True)
+    return window is not None and bool(enabled) and window < int(config.max_position_embeddings)
 
 
 def write_gguf(path: Path, model: Any, tokenizer: Any, dtype: str, name: str) -> tuple[str, ...]:
@@ -247,13 +247,13 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, dtype: str, name: str) ->
     _add_vocabulary(writer, vocabulary)
     fp16_fallbacks = 0
     for n, p in model.named_parameters():  # yields tied weights only once
-        found = names.get_name(n, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        gguf_name = names.get_name(n, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             raise ModelError(name, f"GGUF has no place for the weight {n}", "use --to safetensors")
         kind = _storage_type(p, dtype)
         fp16_fallbacks += kind == "F16" and dtype == Q8
         values = _quantize(_interleave_heads(n, _to_numpy(p), config, architecture), kind)
-        writer.add_tensor(found, values, raw_dtype=GGMLQuantizationType[kind])
+        writer.add_tensor(gguf_name, values, raw_dtype=GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -267,8 +267,8 @@ def dequantized(value: Tensor, dtype: str) -> Tensor:
     from gguf import GGMLQuantizationType, quants
 
     kind = _storage_type(value, dtype)
-    found = quants.dequantize(_quantize(_to_numpy(value), kind), GGMLQuantizationType[kind])
-    return torch.from_numpy(np.array(found, dtype=np.float32))
+    values = quants.dequantize(_quantize(_to_numpy(value), kind), GGMLQuantizationType[kind])
+    return torch.from_numpy(np.array(values, dtype=np.float32))
 
 
 def _storage_type(p: Tensor, dtype: str) -> str:

@@ -25,11 +25,8 @@ from penchant.training.checkpoint import find_checkpoint, load_checkpoint
 
 CPU = torch.device("cpu")
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MAX_PROMPTS, MAX_TOKENS, RANDOM_TOKENS = (
-    4,
-    96,
-    24,
-)  # sample texts to compare on, tokens of each, tokens of the fixed row
+# sample texts to compare on, tokens of each, tokens of the fixed row
+MAX_PROMPTS, MAX_TOKENS, RANDOM_TOKENS = (4, 96, 24)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +59,8 @@ class Subject:
 
     def tokenizer(self) -> Any:
         """Load the tokenizer the run was trained with."""
-        own = (self.folder / "tokenizer_config.json").exists()
-        return load_tokenizer(str(self.folder) if own else self.config.model.tokenizer or self.config.model.path)
+        saved = (self.folder / "tokenizer_config.json").exists()
+        return load_tokenizer(str(self.folder) if saved else self.config.model.tokenizer or self.config.model.path)
 
     def dtype(self) -> torch.dtype:
         """Return the dtype that the checkpoint's weights are stored in."""
@@ -80,8 +77,8 @@ class Subject:
 
     def model_config(self) -> Any:
         """Load the model's config; an adapter uses its base model's."""
-        own = (self.folder / "config.json").exists()
-        return load_model_config(str(self.folder) if own else self.base.path)
+        saved = (self.folder / "config.json").exists()
+        return load_model_config(str(self.folder) if saved else self.base.path)
 
     def load_own(self) -> Any:
         """Load the model as the run has it, in fp32: an adapter stays beside its base (a reward model is stored merged)."""
@@ -123,32 +120,34 @@ class Subject:
         texts = [
             str(s.get("prompt", "")) + str(s.get("after", "")) for s in read_folder(self.run).samples[:MAX_PROMPTS]
         ]
-        found = [tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS] for text in texts]
-        top = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
-        random_ids = torch.randint(0, top, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
+        sample_ids = [tokenizer(text, add_special_tokens=False)["input_ids"][:MAX_TOKENS] for text in texts]
+        vocab_size = min(len(tokenizer), int(self.model_config().get_text_config().vocab_size))
+        random_ids = torch.randint(0, vocab_size, (RANDOM_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
         # without padding tokens: a reward model's score is read at the last token that is not padding
         fixed = [i for i in random_ids if i != tokenizer.pad_token_id]
-        return [*(row for row in found if row), fixed]
+        return [*(row for row in sample_ids if row), fixed]
 
 
-def find_subject(given: str | Path, step: str = "last") -> Subject:
+def find_subject(run_path: str | Path, step: str = "last") -> Subject:
     """Find the model that a run's folder (or a checkpoint in it) and a step refer to.
 
     Raises:
         CheckpointError: there is no such run or checkpoint, or the checkpoint's files have changed since they were written.
     """
-    found = find_run(str(given), step)
-    if found is None:
-        check_exists(str(given), hub=False)
-        inside = runs_in(str(given))
-        how = f"name one of its runs: {', '.join(inside)}" if inside else "give a run's folder"
-        raise CheckpointError(str(given), "is not a run", how)
-    config = with_absolute_paths(found[0])
-    check_text_alone(config.model, str(given), "export")
+    match = find_run(str(run_path), step)
+    if match is None:
+        check_exists(str(run_path), hub=False)
+        runs = runs_in(str(run_path))
+        how = f"name one of its runs: {', '.join(runs)}" if runs else "give a run's folder"
+        raise CheckpointError(str(run_path), "is not a run", how)
+    config = with_absolute_paths(match[0])
+    check_text_alone(config.model, str(run_path), "export")
     run = Path(config.output)
-    checkpoint = find_checkpoint(run, found[1])
+    checkpoint = find_checkpoint(run, match[1])
     if checkpoint is None:
-        raise CheckpointError(str(given), "there is no trained checkpoint to export", "train it first, or name a step")
+        raise CheckpointError(
+            str(run_path), "there is no trained checkpoint to export", "train it first, or name a step"
+        )
     load_checkpoint(checkpoint)  # its sums are checked: what is exported is what was trained
     reward = config.method.learns_reward
     model = checkpoint / "model"
@@ -179,8 +178,8 @@ def read_model(folder: Path, reward: bool = False, **options: Any) -> Any:
 def outputs(model: Any, rows: list[list[int]]) -> Tensor:
     """Return the logits of every token of all rows, concatenated; for a reward model, its scores."""
     with torch.inference_mode():
-        found = [model(input_ids=torch.tensor([row]), **without_cache(model)).logits[0].float() for row in rows]
-    return torch.cat([f.reshape(-1, f.shape[-1]) for f in found])
+        logits = [model(input_ids=torch.tensor([row]), **without_cache(model)).logits[0].float() for row in rows]
+    return torch.cat([f.reshape(-1, f.shape[-1]) for f in logits])
 
 
 def round_weights(model: Any, stored_value: Callable[[str, Tensor], Tensor]) -> None:

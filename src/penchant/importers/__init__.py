@@ -38,63 +38,63 @@ def settings(translation: Translation, extra: Mapping[str, Any]) -> dict[str, tu
     Args:
         extra: our keys from the command line, which take precedence.
     """
-    found = dict(translation.settings)
-    defaults = _our_defaults(found)
+    all_settings = dict(translation.settings)
+    defaults = _our_defaults(all_settings)
     explicit = {k for line in translation.lines if line.is_set for k, _ in line.ours} | set(translation.method.base)
-    kept = {k: v for k, v in found.items() if k in explicit or k not in defaults or defaults[k] != v[0]}
-    if "lora.r" in found:
-        kept |= {k: v for k, v in found.items() if k.startswith("lora.")}
-    kept = {k: (v, c) for k, (v, c) in kept.items() if v != {} and not (v is None and defaults.get(k, ...) is None)}
-    return kept | {k: (v, "command line") for k, v in extra.items()}
+    needed = {k: v for k, v in all_settings.items() if k in explicit or k not in defaults or defaults[k] != v[0]}
+    if "lora.r" in all_settings:
+        needed |= {k: v for k, v in all_settings.items() if k.startswith("lora.")}
+    needed = {k: (v, c) for k, (v, c) in needed.items() if v != {} and not (v is None and defaults.get(k, ...) is None)}
+    return needed | {k: (v, "command line") for k, v in extra.items()}
 
 
-def _our_defaults(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+def _our_defaults(our_settings: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
     """Our defaults of every key, including those of the chosen loss and algorithm."""
     from penchant.losses import LOSSES
 
-    flat = {
+    defaults = {
         f"{s}.{k}": v for s, part in default_settings().items() if isinstance(part, Mapping) for k, v in part.items()
     }
-    loss = found.get("loss.name", (None, ""))[0]
+    loss = our_settings.get("loss.name", (None, ""))[0]
     if loss in LOSSES:
         fields = LOSSES[loss].params.model_fields.items()
-        flat |= {f"loss.{i.alias or n}": i.default for n, i in fields}
-    name = found.get("algorithm.name", (None, ""))[0]
+        defaults |= {f"loss.{i.alias or n}": i.default for n, i in fields}
+    name = our_settings.get("algorithm.name", (None, ""))[0]
     if name is not None:
         fields = ALGORITHMS[name].model_fields.items()
-        flat |= {f"algorithm.{i.alias or n}": i.default for n, i in fields if not i.is_required()}
-    return flat
+        defaults |= {f"algorithm.{i.alias or n}": i.default for n, i in fields if not i.is_required()}
+    return defaults
 
 
-def nested(found: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
+def nested(our_settings: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
     """Nest dotted settings into a config mapping."""
-    made: dict[str, Any] = {}
-    for key, (value, _) in found.items():
+    config: dict[str, Any] = {}
+    for key, (value, _) in our_settings.items():
         section, _, rest = key.partition(".")
         if rest:
-            made.setdefault(section, {})[rest] = value
+            config.setdefault(section, {})[rest] = value
         else:
-            made[section] = value
-    return made
+            config[section] = value
+    return config
 
 
-def as_yaml(translation: Translation, found: Mapping[str, tuple[Any, str]], name: str) -> str:
+def as_yaml(translation: Translation, our_settings: Mapping[str, tuple[Any, str]], name: str) -> str:
     """Format the config file: sections in our order, one key per line, each with its origin as a comment."""
     lines = [f"# {shown(name)} ({translation.source.title}, {translation.method.title}), written by `penchant import`"]
-    left = _unsupported_lines(translation)
-    if left:
+    unsupported = _unsupported_lines(translation)
+    if unsupported:
         lines.append("# NOT SUPPORTED, and not in this file:")
-        lines += [f"#   {_pairs(line.theirs)}: {shown(line.note)}" for line in left]
-    lines += [f"# differs: {remark}" for remark in _remarks(translation, found)]
+        lines += [f"#   {_pairs(line.theirs)}: {shown(line.note)}" for line in unsupported]
+    lines += [f"# differs: {remark}" for remark in _remarks(translation, our_settings)]
     for section in RunConfig.model_fields:
-        keys = [k for k in found if k.split(".")[0] == section]
+        keys = [k for k in our_settings if k.split(".")[0] == section]
         if keys == [section]:
-            lines.append(_entry(section, *found[section]))
+            lines.append(_entry(section, *our_settings[section]))
         elif keys:
             lines.append(f"{section}:")
             last_comment = ""
             for k in (k for k in keys if k != section):
-                value, comment = found[k]
+                value, comment = our_settings[k]
                 if isinstance(value, list) and value and isinstance(value[0], Mapping):
                     lines.append(f"  {k.partition('.')[2]}:" + (f"  # {shown(comment)}" if comment else ""))
                     lines += [f"    - {_flow(item)}" for item in value]
@@ -116,8 +116,8 @@ def _flow(value: Any) -> str:
 SECRETS = frozenset({"hub_token", "hf_hub_token", "ms_hub_token", "swanlab_api_key", "push_to_hub_token"})
 
 
-def _pairs(theirs: Sequence[tuple[str, Any]]) -> str:
-    return ", ".join(shown(f"{k}: {HIDDEN if k in SECRETS and v else redact(str(v))}")[:120] for k, v in theirs)
+def _pairs(items: Sequence[tuple[str, Any]]) -> str:
+    return ", ".join(shown(f"{k}: {HIDDEN if k in SECRETS and v else redact(str(v))}")[:120] for k, v in items)
 
 
 def _unsupported_lines(translation: Translation) -> list[Line]:
@@ -125,31 +125,33 @@ def _unsupported_lines(translation: Translation) -> list[Line]:
     return [line for line in translation.lines if line.is_set and line.status == "unsupported"]
 
 
-def _remarks(translation: Translation, found: Mapping[str, Any]) -> list[str]:
+def _remarks(translation: Translation, our_settings: Mapping[str, Any]) -> list[str]:
     """Differences that no key of the file states: the method's own, unsupported defaults of the other tool, and missing held-out rows."""
     tool = translation.source.title
-    silent = [line for line in translation.lines if not line.is_set and line.status == "unsupported"]
-    defaults = [f"{tool}'s default {_pairs(line.theirs)}: {shown(line.note)}" for line in silent]
+    unset_lines = [line for line in translation.lines if not line.is_set and line.status == "unsupported"]
+    defaults = [f"{tool}'s default {_pairs(line.theirs)}: {shown(line.note)}" for line in unset_lines]
     held_out = {"data.eval_path", "data.validation_rows", "data.validation_fraction"} & {
-        k for k, (value, _) in found.items() if value
+        k for k, (value, _) in our_settings.items() if value
     }
-    none = [] if held_out else ["no rows are held out, so there will be no held-out figures: set data.validation_rows"]
-    return [*map(shown, translation.remarks), *defaults, *none]
+    no_held_out = (
+        [] if held_out else ["no rows are held out, so there will be no held-out figures: set data.validation_rows"]
+    )
+    return [*map(shown, translation.remarks), *defaults, *no_held_out]
 
 
-def as_text(translation: Translation, found: Mapping[str, tuple[Any, str]]) -> str:
+def as_text(translation: Translation, our_settings: Mapping[str, tuple[Any, str]]) -> str:
     """Format a report with one line per key, and the number of keys of each status."""
-    asked = [line for line in translation.lines if line.is_set]
+    set_lines = [line for line in translation.lines if line.is_set]
     lines = [f"{translation.source.title}, {translation.method.title}"]
     for status, title in STATUS.items():
-        those = [line for line in asked if line.status == status]
-        if those:
-            lines += ["", f"{title}:", *(f"  {_line(line)}" for line in those)]
-    defaults = [k for k in found if found[k][1].startswith(translation.source.title)]
+        matching = [line for line in set_lines if line.status == status]
+        if matching:
+            lines += ["", f"{title}:", *(f"  {_line(line)}" for line in matching)]
+    defaults = [k for k in our_settings if our_settings[k][1].startswith(translation.source.title)]
     if defaults:
         lines += ["", f"{translation.source.title}'s defaults that differ from ours, written out:"]
-        lines += [f"  {k} = {shown(str(found[k][0]))}" for k in defaults]
-    remarks = _remarks(translation, found)
+        lines += [f"  {k} = {shown(str(our_settings[k][0]))}" for k in defaults]
+    remarks = _remarks(translation, our_settings)
     lines += ["", *(f"differs: {remark}" for remark in remarks)] if remarks else []
     counts = {s: translation.count(s) for s in STATUS}
     lines += ["", f"{sum(counts.values())} keys: " + ", ".join(f"{n} {COUNTED[s]}" for s, n in counts.items())]
@@ -215,33 +217,35 @@ def import_config(
     if name is None:
         how = f"say which with --method: {', '.join(tool.methods)}"
         raise ConfigError(str(path), f"does not say which of {tool.title}'s trainers it is for", how)
-    chosen = choose(name, tool.methods, str(path), f"method of {tool.title}")
+    trainer = choose(name, tool.methods, str(path), f"method of {tool.title}")
     try:
-        translation = translate(values, tool, chosen, devices, str(Path(path).parent))
+        translation = translate(values, tool, trainer, devices, str(Path(path).parent))
     except Untranslatable as error:
         what, _, how = str(error).partition("; ")
         raise ConfigError(
             str(path), what, f"{how}, or leave the key out" if how else "fix it, or leave the key out"
         ) from error
-    found = settings(translation, _parse_overrides(overrides))
-    if "output" not in found:
-        found["output"] = (f"runs/{Path(path).stem}", "the file names no folder")
-    _check_complete(found, translation, str(path))
-    config = nested(found)
+    our_settings = settings(translation, _parse_overrides(overrides))
+    if "output" not in our_settings:
+        our_settings["output"] = (f"runs/{Path(path).stem}", "the file names no folder")
+    _check_complete(our_settings, translation, str(path))
+    config = nested(our_settings)
     try:
         build(config, {}, str(path))
     except ConfigError as error:
         raise ConfigError(str(path), f"does not translate into a valid config: {error.what}", error.how) from error
-    return Imported(as_yaml(translation, found, Path(path).name), as_text(translation, found), translation)
+    return Imported(
+        as_yaml(translation, our_settings, Path(path).name), as_text(translation, our_settings), translation
+    )
 
 
 def _reject_unsupported_tools(values: Mapping[str, Any], path: str) -> None:
     """Raise ConfigError for a file of a tool that cannot be imported, which read as a flat file would lose most of its settings."""
-    nested = {k for k, v in values.items() if isinstance(v, Mapping)}
-    counts = {name: len(nested & set(keys)) for name, keys in UNSUPPORTED_TOOLS.items()}
+    sections = {k for k, v in values.items() if isinstance(v, Mapping)}
+    counts = {name: len(sections & set(keys)) for name, keys in UNSUPPORTED_TOOLS.items()}
     tool = max(counts, key=lambda name: counts[name])
-    ours = any(source.marks & (values.keys() - nested) for source in SOURCES.values())
-    if counts[tool] >= 2 and not ours:
+    is_known = any(source.marks & (values.keys() - sections) for source in SOURCES.values())
+    if counts[tool] >= 2 and not is_known:
         raise ConfigError(
             path,
             f"looks like a file of {tool}, which cannot be translated yet",
@@ -262,19 +266,23 @@ def _detect_tool(values: Mapping[str, Any]) -> str:
 
 def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     """Command-line overrides as ``{"model.path": value}``."""
-    made: dict[str, Any] = {}
-    apply_overrides(made, {}, overrides)
-    sections = {k: v if isinstance(v, dict) and k != "reward" else {"": v} for k, v in made.items()}
+    values: dict[str, Any] = {}
+    apply_overrides(values, {}, overrides)
+    sections = {k: v if isinstance(v, dict) and k != "reward" else {"": v} for k, v in values.items()}
     return {f"{k}.{name}".rstrip("."): v for k, section in sections.items() for name, v in section.items()}
 
 
-def _check_complete(found: Mapping[str, Any], translation: Translation, path: str) -> None:
+def _check_complete(our_settings: Mapping[str, Any], translation: Translation, path: str) -> None:
     """Raise ConfigError if model, data or an online method's reward is missing. Other tools often take them from the command line."""
-    method = ALGORITHMS.get(found.get("algorithm.name", ("", ""))[0])
-    wanted = {"model.path": "MODEL", "data.path": "train.jsonl"}
+    method = ALGORITHMS.get(our_settings.get("algorithm.name", ("", ""))[0])
+    required = {"model.path": "MODEL", "data.path": "train.jsonl"}
     if method is not None and method.takes_reward:
-        wanted["reward"] = "rewards.py:FUNCTION"
-    missing = {k: v for k, v in wanted.items() if k not in found and (k != "data.path" or "data.sources" not in found)}
+        required["reward"] = "rewards.py:FUNCTION"
+    missing = {
+        k: v
+        for k, v in required.items()
+        if k not in our_settings and (k != "data.path" or "data.sources" not in our_settings)
+    }
     if missing:
         how = "add it behind the file: " + " ".join(f"{k}={v}" for k, v in missing.items())
         raise ConfigError(path, f"has no usable {' and '.join(missing)}", how)

@@ -41,12 +41,12 @@ def intervals(config: ToolConfig) -> Iterator[Line]:
         if config.sets(key):
             times = number(config[key])
             how = f"set {ours} to the steps of an epoch / {config[key]} (`penchant plan` prints how many there are)"
-            made = {0.0: None, 1.0: "epoch"}
-            known = times in made
+            values = {0.0: None, 1.0: "epoch"}
+            known = times in values
             yield config.line(
                 [key],
                 "translated" if known else "unsupported",
-                {ours: made[times]} if known else {},
+                {ours: values[times]} if known else {},
                 "" if known else how,
             )
 
@@ -54,31 +54,31 @@ def intervals(config: ToolConfig) -> Iterator[Line]:
 def dtype(config: ToolConfig) -> Iterator[Line]:
     """bf16 (auto, true, full) and fp16, and bfloat16, float16 and float32, which are without mixed precision."""
     keys = ["bf16", "fp16", "bfloat16", "float16", "float32"]
-    there = [k for k in keys if config.sets(k)] or ["bf16"]
-    half = config["bf16"] if config.sets("bf16") else None if config["fp16"] or config["float16"] else config["bf16"]
-    if config["bfloat16"] or half in (True, "full"):
-        yield config.line(there, "translated", {"model.dtype": "bf16"}, "weights stay in fp32 beside a bf16 copy")
-    elif half == "auto":
-        yield config.line(there, "translated", {"model.dtype": "auto"}, "bf16 where the hardware has it")
+    set_keys = [k for k in keys if config.sets(k)] or ["bf16"]
+    bf16 = config["bf16"] if config.sets("bf16") else None if config["fp16"] or config["float16"] else config["bf16"]
+    if config["bfloat16"] or bf16 in (True, "full"):
+        yield config.line(set_keys, "translated", {"model.dtype": "bf16"}, "weights stay in fp32 beside a bf16 copy")
+    elif bf16 == "auto":
+        yield config.line(set_keys, "translated", {"model.dtype": "auto"}, "bf16 where the hardware has it")
     elif config["fp16"] or config["float16"]:
         note = "there is no fp16 with loss scaling; bf16 has its range and needs none"
-        yield config.line(there, "unsupported", {"model.dtype": "auto"}, note)
+        yield config.line(set_keys, "unsupported", {"model.dtype": "auto"}, note)
     else:
-        yield config.line(there, "translated", {"model.dtype": "fp32"})
+        yield config.line(set_keys, "translated", {"model.dtype": "fp32"})
 
 
 def tracking(config: ToolConfig) -> Iterator[Line]:
     """W&B, MLflow and TensorBoard, with project and run name."""
-    wanted = {
+    enabled = {
         "wandb": bool(config["wandb_project"]) if config["use_wandb"] is None else bool(config["use_wandb"]),
         "mlflow": bool(config["use_mlflow"]),
         "tensorboard": bool(config["use_tensorboard"]),
     }
-    there = [k for k in TABLE["derived"]["tracking"] if config.sets(k)]
-    trackers = [name for name, on in wanted.items() if on]
+    set_keys = [k for k in TABLE["derived"]["tracking"] if config.sets(k)]
+    trackers = [name for name, is_enabled in enabled.items() if is_enabled]
     if not trackers:
-        if there:
-            yield config.line(there, "same", note="no tracker, as here")
+        if set_keys:
+            yield config.line(set_keys, "same", note="no tracker, as here")
         return
     ours: dict[str, Any] = {"logging.trackers": trackers}
     project, name = (
@@ -86,7 +86,7 @@ def tracking(config: ToolConfig) -> Iterator[Line]:
         config["wandb_name"] or config["mlflow_run_name"],
     )
     ours |= ({"logging.project": str(project)} if project else {}) | ({"logging.name": str(name)} if name else {})
-    yield config.line(there, "translated", ours)
+    yield config.line(set_keys, "translated", ours)
 
 
 def adapters(config: ToolConfig) -> Iterator[Line]:
@@ -95,29 +95,31 @@ def adapters(config: ToolConfig) -> Iterator[Line]:
     lora = kind in ("lora", "qlora")
     for key, ours in (("load_in_4bit", "nf4"), ("load_in_8bit", "int8")):
         yield from hf.quantized(config, key, ours if config[key] else None, lora)
-    there = ["adapter", *(k for k in keys[3:] if config.sets(k))]
+    set_keys = ["adapter", *(k for k in keys[3:] if config.sets(k))]
     if kind in OFF:
-        if config.sets(*there):
+        if config.sets(*set_keys):
             yield config.line(
-                [k for k in there if config.sets(k)], "same", note="no adapter: the whole model is trained"
+                [k for k in set_keys if config.sets(k)], "same", note="no adapter: the whole model is trained"
             )
         return
     if not lora:
-        yield config.line(there, "unsupported", note="lora and qlora only")
+        yield config.line(set_keys, "unsupported", note="lora and qlora only")
         return
     if config["lora_model_dir"]:
         note = "the reference is the adapter's start here, the model under it there"
-        yield config.line(there, "translated", {"model.adapter": str(config["lora_model_dir"])}, note)
+        yield config.line(set_keys, "translated", {"model.adapter": str(config["lora_model_dir"])}, note)
         return
-    more: dict[str, Any] = {"lora.lr_ratio": number(config["loraplus_lr_ratio"])} if config["loraplus_lr_ratio"] else {}
-    named = [k for k in ("lora_target_linear", "lora_target_modules") if config[k]]
-    if named:
-        more["lora.target_modules"] = (
-            "all-linear" if "lora_target_linear" in named else layers(config["lora_target_modules"])
+    options: dict[str, Any] = (
+        {"lora.lr_ratio": number(config["loraplus_lr_ratio"])} if config["loraplus_lr_ratio"] else {}
+    )
+    target_keys = [k for k in ("lora_target_linear", "lora_target_modules") if config[k]]
+    if target_keys:
+        options["lora.target_modules"] = (
+            "all-linear" if "lora_target_linear" in target_keys else layers(config["lora_target_modules"])
         )
-    used = [*there, *(k for k in ("lora_r", "lora_alpha", "lora_dropout") if k not in there)]
-    yield hf.adapter_line(config, used, integer(config["lora_r"]), number(config["lora_alpha"]), **more)
-    if not named:
+    used_keys = [*set_keys, *(k for k in ("lora_r", "lora_alpha", "lora_dropout") if k not in set_keys)]
+    yield hf.adapter_line(config, used_keys, integer(config["lora_r"]), number(config["lora_alpha"]), **options)
+    if not target_keys:
         yield trl.peft_targets(config)
 
 
@@ -135,13 +137,15 @@ def pictures(config: ToolConfig) -> Iterator[Line]:
 
 def excess_length(config: ToolConfig) -> Iterator[Line]:
     """excess_length_strategy: what to do with rows longer than sequence_len tokens."""
-    known = {
+    strategies = {
         "drop": {"data.truncation": "bad_row", "data.on_bad_row": "skip"},
         "raise": {"data.truncation": "bad_row"},
         "truncate": {"data.truncation": "prompt_then_completion"},
     }
-    ours = known.get(str(config["excess_length_strategy"]))
-    note = "longer rows are set aside and counted, as all rows that cannot be read" if ours == known["drop"] else ""
+    ours = strategies.get(str(config["excess_length_strategy"]))
+    note = (
+        "longer rows are set aside and counted, as all rows that cannot be read" if ours == strategies["drop"] else ""
+    )
     how = "set data.truncation: bad_row or prompt_then_completion"
     yield config.line(["excess_length_strategy"], "translated" if ours else "unsupported", ours, note if ours else how)
 
@@ -152,7 +156,7 @@ def excess_length(config: ToolConfig) -> Iterator[Line]:
 def data_sets(config: ToolConfig) -> Iterator[Line]:
     """Training sets as `data.path`, or as `data.sources` if there are several, and test sets as `data.eval_path`."""
     method = str(config["rl"]) if config["rl"] else "reward" if config["reward_model"] else "sft"
-    made: list[dict[str, Any]] = []
+    sources: list[dict[str, Any]] = []
     keys = [k for k in ("datasets", "pretraining_dataset") if config[k]]
     single = len(keys) == 1 and (not isinstance(config[keys[0]], list) or len(config[keys[0]]) == 1)
     for key in keys:
@@ -163,22 +167,22 @@ def data_sets(config: ToolConfig) -> Iterator[Line]:
                 yield Line(((f"{key}[{i}]", entry),), "unsupported", (), "it is not a mapping of a data set's keys")
                 continue
             where = f"{key}[{i}]"
-            found, used, lines = _data_set(entry, where, kind, config.folder)
+            settings, used_keys, lines = _data_set(entry, where, kind, config.folder)
             yield from lines
-            if "path" in found:
-                made.append(found)
-            theirs = tuple((f"{where}.{k}", entry[k]) for k in used)
+            if "path" in settings:
+                sources.append(settings)
+            theirs = tuple((f"{where}.{k}", entry[k]) for k in used_keys)
             if theirs and single:
-                yield Line(theirs, "translated", tuple((f"data.{k}", v) for k, v in found.items()))
+                yield Line(theirs, "translated", tuple((f"data.{k}", v) for k, v in settings.items()))
             elif theirs:
-                yield Line(theirs, "translated", (), ", ".join(f"{k}: {v}" for k, v in found.items()))
-    if len(made) > 1:
-        note = f"{len(made)} data sets, each gone through once in an epoch"
+                yield Line(theirs, "translated", (), ", ".join(f"{k}: {v}" for k, v in settings.items()))
+    if len(sources) > 1:
+        note = f"{len(sources)} data sets, each gone through once in an epoch"
         yield Line(
-            tuple((k, f"{len(config[k])} data sets") for k in keys), "translated", (("data.sources", made),), note
+            tuple((k, f"{len(config[k])} data sets") for k in keys), "translated", (("data.sources", sources),), note
         )
-    elif made:  # a single set has its own line above
-        ours = () if single else tuple((f"data.{k}", v) for k, v in made[0].items())
+    elif sources:  # a single set has its own line above
+        ours = () if single else tuple((f"data.{k}", v) for k, v in sources[0].items())
         yield Line(tuple((k, "1 data set") for k in keys), "translated", ours)
     if config["test_datasets"]:
         yield from _held_out(config, method)
@@ -188,14 +192,14 @@ def _held_out(config: ToolConfig, method: str) -> Iterator[Line]:
     paths = []
     for i, entry in enumerate(config["test_datasets"]):
         where = f"test_datasets[{i}]"
-        found, _, lines = _data_set(entry, where, method, config.folder)
+        settings, _, lines = _data_set(entry, where, method, config.folder)
         yield from (line for line in lines if line.status == "unsupported")
         theirs = tuple((f"{where}.{k}", v) for k, v in entry.items())
         yield Line(theirs, "same", note="read as the rows to train on are")
-        paths += [found["path"]] if "path" in found else []
-    flat = [p for path in paths for p in (path if isinstance(path, list) else [path])]
-    if flat:
-        yield config.line(["test_datasets"], "translated", {"data.eval_path": flat if len(flat) > 1 else flat[0]})
+        paths += [settings["path"]] if "path" in settings else []
+    files = [p for path in paths for p in (path if isinstance(path, list) else [path])]
+    if files:
+        yield config.line(["test_datasets"], "translated", {"data.eval_path": files if len(files) > 1 else files[0]})
 
 
 def _data_set(
@@ -208,23 +212,26 @@ def _data_set(
         if v is None and k != "roles_to_train"
     ]
     dataset = ToolConfig({k: v for k, v in entry.items() if v is not None}, {})
-    path, used, problem = _locate(dataset, folder)
-    found: dict[str, Any] = path
-    shape, columns, kinds_used, more = _layout(dataset, method)
-    used += kinds_used
+    path, used_keys, location_notes = _locate(dataset, folder)
+    settings: dict[str, Any] = path
+    shape, columns, layout_keys, layout_notes = _layout(dataset, method)
+    used_keys += layout_keys
     options: dict[str, Any] = {}
     if shape in ("messages", "sharegpt"):
-        turns, trained, why = _trained_turns(entry)
-        options, used = ({"turns": turns} if turns != "last" else {}), used + trained
-        more += why
+        turns, turn_keys, turn_notes = _trained_turns(entry)
+        options, used_keys = ({"turns": turns} if turns != "last" else {}), used_keys + turn_keys
+        layout_notes += turn_notes
     columns = {ours: theirs for ours, theirs in columns.items() if ours != theirs}
     for key, value in (("shape", shape), ("columns", columns), ("layout_options", options)):
-        found |= {key: value} if value else {}
-    said = {k for k, _, _ in (*problem, *more)}
-    lines += [Line(((f"{where}.{k}", _entry_value(entry, k)),), s, (), note) for k, s, note in (*problem, *more)]
+        settings |= {key: value} if value else {}
+    noted = {k for k, _, _ in (*location_notes, *layout_notes)}
+    lines += [
+        Line(((f"{where}.{k}", _entry_value(entry, k)),), status, (), note)
+        for k, status, note in (*location_notes, *layout_notes)
+    ]
     rules = rules_of(TABLE["data_set"])
     for k in dataset.values:
-        if k in used or k in said or (k == "type" and isinstance(dataset[k], Mapping)):
+        if k in used_keys or k in noted or (k == "type" and isinstance(dataset[k], Mapping)):
             continue
         line = (
             rules[k](k, dataset)
@@ -232,7 +239,7 @@ def _data_set(
             else dataset.line([k], "unsupported", note="not a key of a data set that the importer knows")
         )
         lines.append(Line(((f"{where}.{k}", dataset[k]),), line.status, (), line.note))
-    return found, used, lines
+    return settings, used_keys, lines
 
 
 Notes = list[tuple[str, Any, str]]  # key of a data set, status, note
@@ -246,25 +253,25 @@ def _entry_value(entry: Mapping[str, Any], key: str) -> Any:
 def _locate(dataset: ToolConfig, folder: str) -> tuple[dict[str, Any], list[str], Notes]:
     """(our path and limit, keys used, notes): local files, a hub id with its split, or nothing if the location is unsupported."""
     name, files, split = str(dataset["path"] or ""), dataset["data_files"], dataset["split"]
-    listed = [str(f) for f in (files if isinstance(files, list) else [files] if files else [])]
-    if name in ("json", "csv", "parquet", "text", "arrow") and listed:
-        path = listed if len(listed) > 1 else listed[0]
-        used = ["path", "data_files"]
-        return {"path": path}, used, [("split", "same", "files are read whole")] if split else []
-    if re.match(r"(s3|gs|gcs|az|abfs|oci|https?)://", name) or (listed and not hf.is_local(name, folder)):
+    file_names = [str(f) for f in (files if isinstance(files, list) else [files] if files else [])]
+    if name in ("json", "csv", "parquet", "text", "arrow") and file_names:
+        path = file_names if len(file_names) > 1 else file_names[0]
+        used_keys = ["path", "data_files"]
+        return {"path": path}, used_keys, [("split", "same", "files are read whole")] if split else []
+    if re.match(r"(s3|gs|gcs|az|abfs|oci|https?)://", name) or (file_names and not hf.is_local(name, folder)):
         how = "download the files and set data.path to them"
         return {}, [], [(k, "unsupported", how) for k in ("path", "data_files", "split") if dataset.sets(k)]
     if hf.is_local(name, folder):
-        path = [f"{name}/{f}" for f in listed] if listed else name
+        path = [f"{name}/{f}" for f in file_names] if file_names else name
         path = path[0] if isinstance(path, list) and len(path) == 1 else path
-        used = [k for k in ("path", "data_files") if dataset.sets(k)]
-        return {"path": path}, used, [("split", "same", "files are read whole")] if split else []
-    part = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", str(split or "train"))
-    if part is None:
+        used_keys = [k for k in ("path", "data_files") if dataset.sets(k)]
+        return {"path": path}, used_keys, [("split", "same", "files are read whole")] if split else []
+    match = re.fullmatch(r"(\w+)(?:\[:(\d+)\])?", str(split or "train"))
+    if match is None:
         how = "a part of a split is not read: set the split alone, and data.limit for its first rows"
         return {"path": f"{name}:train"}, ["path"], [("split", "unsupported", how)]
-    where: dict[str, Any] = {"path": f"{name}:{part[1]}"} | ({"limit": int(part[2])} if part[2] else {})
-    return where, ["path", *(["split"] if split else [])], []
+    location: dict[str, Any] = {"path": f"{name}:{match[1]}"} | ({"limit": int(match[2])} if match[2] else {})
+    return location, ["path", *(["split"] if split else [])], []
 
 
 def _layout(dataset: ToolConfig, method: str) -> tuple[str, dict[str, str], list[str], Notes]:
@@ -277,24 +284,24 @@ def _layout(dataset: ToolConfig, method: str) -> tuple[str, dict[str, str], list
         return _type_mapping(row_type, kind)
     if row_type is None:
         return "", {}, [], []
-    known = {**TABLE["types"][kind], **TABLE["types"].get(method, {})}
-    word = str(row_type).partition(":")[0]
-    found = known.get(word) or known.get(word.rpartition(".")[2])
-    if not found:
+    layouts = {**TABLE["types"][kind], **TABLE["types"].get(method, {})}
+    type_name = str(row_type).partition(":")[0]
+    entry = layouts.get(type_name) or layouts.get(type_name.rpartition(".")[2])
+    if not entry:
         how = "the layout is found by what the rows hold: look at it with `penchant data show`, or set data.shape"
         if kind == "prompts":
             how = "rows are read as they are: give them a `prompt` column, or name a layout of your own (docs/data_formats.md)"
         return "", {}, [], [("type", "unsupported", how)]
-    shape, columns = str(found["shape"]), dict(found.get("columns", {}))
-    used, notes = (["type"] if dataset.sets("type") else []), []
-    if "note" in found and used:
-        used, notes = [], [("type", "translated", f"{shape}; {found['note']}")]
+    shape, columns = str(entry["shape"]), dict(entry.get("columns", {}))
+    used_keys, notes = (["type"] if dataset.sets("type") else []), []
+    if "note" in entry and used_keys:
+        used_keys, notes = [], [("type", "translated", f"{shape}; {entry['note']}")]
     fields = TABLE["fields"].get(shape, {})
     for key in (k for k in fields if dataset.sets(k)):
         columns[fields[key]] = str(dataset[key])
-        used.append(key)
+        used_keys.append(key)
     notes += _message_notes(dataset, shape)
-    return shape, columns, used, notes
+    return shape, columns, used_keys, notes
 
 
 def _message_notes(dataset: ToolConfig, shape: str) -> Notes:
@@ -331,20 +338,20 @@ def _trained_turns(entry: Mapping[str, Any]) -> tuple[str, list[str], Notes]:
 
 def _type_mapping(row_type: Mapping[str, Any], kind: str) -> tuple[str, dict[str, str], list[str], Notes]:
     """(our layout, columns, keys used, notes) of a `type` mapping, which names columns and the prompt format."""
-    own, columns, notes = TABLE["written"][kind], {}, []
+    spec, columns, notes = TABLE["written"][kind], {}, []
     for key, value in row_type.items():
         name = f"type.{key}"
         if value in OFF:
             notes.append((name, "same", "not set"))
-        elif key in own["fields"]:
-            columns[own["fields"][key]] = str(value)
-            notes.append((name, "translated", f"columns: {{{own['fields'][key]}: {value}}}"))
+        elif key in spec["fields"]:
+            columns[spec["fields"][key]] = str(value)
+            notes.append((name, "translated", f"columns: {{{spec['fields'][key]}: {value}}}"))
         elif key.endswith("format") and value in TABLE["formats"]:
             notes.append((name, "same", "as here"))
         else:
             how = "the wording of a prompt stands in the rows, or in a layout of your own (docs/data_formats.md)"
             notes.append((name, "unsupported", how))
-    return str(own["shape"]), columns, [], notes
+    return str(spec["shape"]), columns, [], notes
 
 
 def guess(values: Mapping[str, Any], name: str) -> str:

@@ -51,7 +51,7 @@ def read_command(path: str | Path) -> Command:
     if len(text) > MAX_BYTES:
         raise ConfigError(where, f"has more than {MAX_BYTES >> 10} kB", "leave the command in it alone")
     variables: dict[str, str] = {}
-    found: list[Command] = []
+    commands: list[Command] = []
     uncommented = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
     for line in re.sub(r"\\[ \t]*\n", " ", uncommented).splitlines():
         if not re.match(r"\s*(export\s+)?\w+=", line) and not any(name in line for name in COMMANDS):
@@ -64,22 +64,24 @@ def read_command(path: str | Path) -> Command:
         while words and (words[0] == "export" or re.fullmatch(r"[A-Za-z_]\w*=.*", words[0], re.S)):
             name, equals, value = words.pop(0).partition("=")
             variables |= {name: value} if equals else {}
-        at = next(
+        position = next(
             (i for i, w in enumerate(words[:-1]) if _tool_name(w) and words[i + 1] in COMMANDS[_tool_name(w)][1]), None
         )
-        if at is not None:
-            tool, methods = COMMANDS[_tool_name(words[at])]
-            values = _parse_arguments(words[at + 2 :], where)
-            if methods[words[at + 1]] == "" and tool == "ms-swift":
+        if position is not None:
+            tool, methods = COMMANDS[_tool_name(words[position])]
+            values = _parse_arguments(words[position + 2 :], where)
+            if methods[words[position + 1]] == "" and tool == "ms-swift":
                 values.setdefault("rlhf_type", "dpo")
-            launched = re.findall(r"--(?:num_processes|nproc[-_]per[-_]node)[= ](\S+)", " ".join(words[:at]))
-            devices = _device_count({**variables, **({"NPROC_PER_NODE": launched[-1]} if launched else {})})
-            found.append(Command(values, tool, methods[words[at + 1]], devices))
-    if len(found) != 1:
-        what = f"{len(found)} commands that train" if found else "no command that trains"
+            process_counts = re.findall(
+                r"--(?:num_processes|nproc[-_]per[-_]node)[= ](\S+)", " ".join(words[:position])
+            )
+            devices = _device_count({**variables, **({"NPROC_PER_NODE": process_counts[-1]} if process_counts else {})})
+            commands.append(Command(values, tool, methods[words[position + 1]], devices))
+    if len(commands) != 1:
+        what = f"{len(commands)} commands that train" if commands else "no command that trains"
         how = f"leave one in the script: {', '.join(f'{c} {s}' for c, (_, m) in COMMANDS.items() for s in m)}"
         raise ConfigError(where, f"has {what}", how)
-    return found[0]
+    return commands[0]
 
 
 def _split_words(line: str) -> list[str]:
@@ -104,18 +106,18 @@ def _expand_variables(word: str, variables: Mapping[str, str]) -> str:
 def _evaluate_arithmetic(line: str, variables: Mapping[str, str]) -> str:
     """Evaluate `$(expr 16 / $n)` and `$((16 / n))` like the shell. Other expressions are kept, and rejected later."""
 
-    def value(found: re.Match[str]) -> str:
-        left, operator, right = (g for g in found.groups() if g is not None)
+    def evaluate(match: re.Match[str]) -> str:
+        left, operator, right = (g for g in match.groups() if g is not None)
         a, b = (variables.get(w.strip("${}"), w) for w in (left, right))
         if not all(re.fullmatch("[0-9]{1,9}", n) for n in (a, b)) or (operator == "/" and int(b) == 0):
-            return found[0]
+            return match[0]
         return str(
             {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "/": int.__floordiv__}[operator](int(a), int(b))
         )
 
     word = r"(\$?\w+|\$\{\w+\})"
     return re.sub(
-        rf"\$\(expr\s+{word}\s+\\?([*/+-])\s+{word}\s*\)|\$\(\(\s*{word}\s*([*/+-])\s*{word}\s*\)\)", value, line
+        rf"\$\(expr\s+{word}\s+\\?([*/+-])\s+{word}\s*\)|\$\(\(\s*{word}\s*([*/+-])\s*{word}\s*\)\)", evaluate, line
     )
 
 
@@ -145,17 +147,17 @@ def _parse_arguments(words: list[str], where: str) -> dict[str, Any]:
         ) is not None:
             what = f"--{name} is {unknown[:60]}, which needs a variable that it does not set, or a shell"
             raise ConfigError(where, what, "write the value in its place")
-    made = {k: True if not v else v[0] if len(v) == 1 else v for k, v in values.items()}
-    if "config" not in made:
-        return made
-    below = Path(str(made.pop("config")))
-    below = below if os.path.exists(below) else Path(where).parent / below
-    return {**read_mapping(below, "another tool's config is a mapping of its keys")[0], **made}
+    parsed = {k: True if not v else v[0] if len(v) == 1 else v for k, v in values.items()}
+    if "config" not in parsed:
+        return parsed
+    config_path = Path(str(parsed.pop("config")))
+    config_path = config_path if os.path.exists(config_path) else Path(where).parent / config_path
+    return {**read_mapping(config_path, "another tool's config is a mapping of its keys")[0], **parsed}
 
 
 def _parse_value(word: str) -> Any:
     try:
-        found = yaml_value(word)
+        value = yaml_value(word)
     except (yaml.YAMLError, ValueError, ConfigError):
         return word
-    return found if isinstance(found, (bool, int, float, dict, list)) else word
+    return value if isinstance(value, (bool, int, float, dict, list)) else word

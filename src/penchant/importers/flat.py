@@ -23,20 +23,22 @@ def method_of(config: ToolConfig) -> Iterator[Line]:
 
 def batches(config: ToolConfig) -> Iterator[Line]:
     """The batch size: per device or plain, times gradient accumulation and devices."""
-    one = "per_device_train_batch_size" if config.sets("per_device_train_batch_size") else "batch_size"
-    more = "gradient_accumulation_steps" if config.sets("gradient_accumulation_steps") else "grad_accum"
-    if config.sets(one, more):
-        rows = integer(config[one] or 1) * integer(config[more] or 1) * config.devices
+    size_key = "per_device_train_batch_size" if config.sets("per_device_train_batch_size") else "batch_size"
+    accumulation_key = "gradient_accumulation_steps" if config.sets("gradient_accumulation_steps") else "grad_accum"
+    if config.sets(size_key, accumulation_key):
+        rows = integer(config[size_key] or 1) * integer(config[accumulation_key] or 1) * config.devices
         note = f"rows of one optimizer step, on {config.devices} device(s)"
-        yield config.line([k for k in (one, more) if config.sets(k)], "translated", {"train.batch_size": rows}, note)
+        yield config.line(
+            [k for k in (size_key, accumulation_key) if config.sets(k)], "translated", {"train.batch_size": rows}, note
+        )
 
 
 def columns(config: ToolConfig) -> Iterator[Line]:
     """prompt_column, chosen_column and similar keys."""
-    named = {key.partition("_")[0]: key for key in TABLE["derived"]["columns"] if config.sets(key)}
-    if named:
-        found = {field: str(config[key]) for field, key in named.items()}
-        yield config.line(list(named.values()), "translated", {"data.columns": found})
+    keys = {key.partition("_")[0]: key for key in TABLE["derived"]["columns"] if config.sets(key)}
+    if keys:
+        mapping = {field: str(config[key]) for field, key in keys.items()}
+        yield config.line(list(keys.values()), "translated", {"data.columns": mapping})
 
 
 SOURCE = source("flat", (batches, method_of, columns, report_to), lambda values, name: "flat")

@@ -25,42 +25,44 @@ def report_to(config: ToolConfig) -> Iterator[Line]:
     """report_to (one or several names, `none` or `all`) and use_wandb. Unknown trackers are reported as unsupported."""
     names: list[str] = []
     if config.sets("report_to"):
-        asked = _names(config["report_to"])
-        names = list(dict.fromkeys(n for a in asked for n in (_installed() if a == "all" else [a]) if n in TRACKERS))
-        unknown = [a for a in asked if a not in TRACKERS and a not in ("all", "none")]
+        requested = _names(config["report_to"])
+        names = list(
+            dict.fromkeys(n for a in requested for n in (_installed() if a == "all" else [a]) if n in TRACKERS)
+        )
+        unknown = [a for a in requested if a not in TRACKERS and a not in ("all", "none")]
         if unknown:
             how = f"there is no tracker {', '.join(unknown)}: logging.trackers takes {', '.join(TRACKERS)}"
             yield Line((("report_to", ", ".join(unknown)),), "unsupported", (), how)
         if names:
-            note = "those that are installed here" if "all" in asked else ""
+            note = "those that are installed here" if "all" in requested else ""
             yield config.line(["report_to"], "translated", {"logging.trackers": names}, note)
         elif not unknown:
-            none = f"none of {', '.join(TRACKERS)} is installed here" if "all" in asked else "no tracker, as here"
-            yield config.line(["report_to"], "same", note=none)
+            reason = f"none of {', '.join(TRACKERS)} is installed here" if "all" in requested else "no tracker, as here"
+            yield config.line(["report_to"], "same", note=reason)
     if config.sets("use_wandb"):
         yield _wandb(config, names)
 
 
 def _wandb(config: ToolConfig, names: list[str]) -> Line:
     try:
-        wanted = config["use_wandb"] is not None and flag(config["use_wandb"])
-    except Untranslatable as problem:
-        return config.line(["use_wandb"], "unsupported", note=str(problem))
-    if not wanted:
+        enabled = config["use_wandb"] is not None and flag(config["use_wandb"])
+    except Untranslatable as error:
+        return config.line(["use_wandb"], "unsupported", note=str(error))
+    if not enabled:
         return config.line(["use_wandb"], "same", note="off, as here")
     return config.line(["use_wandb"], "translated", {"logging.trackers": list(dict.fromkeys([*names, "wandb"]))})
 
 
 def _names(value: Any) -> list[str]:
     """Tracker names from a list or a comma-separated string, in lower case."""
-    listed = value if isinstance(value, list) else [] if value is None or value is False else str(value).split(",")
-    return [name for name in (str(v).strip().lower() for v in listed) if name]
+    values = value if isinstance(value, list) else [] if value is None or value is False else str(value).split(",")
+    return [name for name in (str(v).strip().lower() for v in values) if name]
 
 
 def _installed() -> list[str]:
     """Installed trackers. A folder of the same name in the working directory (W&B creates one) does not count."""
-    found = {name: importlib.util.find_spec(spec.module) for name, spec in TRACKERS.items()}
-    return [name for name, spec in found.items() if spec is not None and spec.origin is not None]
+    specs = {name: importlib.util.find_spec(spec.module) for name, spec in TRACKERS.items()}
+    return [name for name, spec in specs.items() if spec is not None and spec.origin is not None]
 
 
 # ---- Settings that combine several keys ----
@@ -71,9 +73,9 @@ MIN_LR = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
 
 def batch(config: ToolConfig) -> Iterator[Line]:
     """Rows of one optimizer step: per-device batch size x accumulation x devices."""
-    one, more = keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    ours = {"train.batch_size": integer(config[one]) * integer(config[more]) * config.devices}
-    note = f"{config[one]} x {config[more]} x {config.devices} device(s); memory is train.tokens_per_step here"
+    size_key, accumulation_key = keys = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    ours = {"train.batch_size": integer(config[size_key]) * integer(config[accumulation_key]) * config.devices}
+    note = f"{config[size_key]} x {config[accumulation_key]} x {config.devices} device(s); memory is train.tokens_per_step here"
     yield config.line(keys, "translated", ours, note)
 
 
@@ -95,10 +97,10 @@ def schedule(config: ToolConfig) -> Iterator[Line]:
     name = str(config["lr_scheduler_type"])
     keys = ["lr_scheduler_type"]
     if name in MIN_LR and isinstance(config["lr_scheduler_kwargs"], Mapping):
-        extra = config["lr_scheduler_kwargs"]
-        floor = extra.get("min_lr_rate", None)
-        if floor is None and "min_lr" in extra:
-            floor = number(extra["min_lr"]) / number(config["learning_rate"])
+        kwargs = config["lr_scheduler_kwargs"]
+        floor = kwargs.get("min_lr_rate", None)
+        if floor is None and "min_lr" in kwargs:
+            floor = number(kwargs["min_lr"]) / number(config["learning_rate"])
         if floor is not None:
             ours = {"train.schedule": "cosine", "train.min_lr_fraction": number(floor)}
             yield config.line([*keys, "lr_scheduler_kwargs"], "translated", ours)
@@ -110,9 +112,9 @@ def schedule(config: ToolConfig) -> Iterator[Line]:
         how = "set train.schedule and train.min_lr_fraction by hand"
         yield config.line(["lr_scheduler_kwargs"], "unsupported", note=how)
     if name == "constant":
-        warmup = ["lr_scheduler_type", "warmup_steps", "warmup_ratio"]
+        warmup_keys = ["lr_scheduler_type", "warmup_steps", "warmup_ratio"]
         note = "their constant schedule has no warm-up"
-        yield config.line(warmup, "translated", {"train.warmup_fraction": 0.0}, note)
+        yield config.line(warmup_keys, "translated", {"train.warmup_fraction": 0.0}, note)
     else:
         yield _warmup(config)
 
@@ -138,18 +140,20 @@ def saving(config: ToolConfig) -> Iterator[Line]:
     yield from _interval(config, name, "eval_steps", "evaluation.every")
 
 
-def _interval(config: ToolConfig, strategy: str, steps: str, ours: str) -> Iterator[Line]:
-    if not config.sets(strategy, steps):
+def _interval(config: ToolConfig, strategy_key: str, steps_key: str, our_key: str) -> Iterator[Line]:
+    if not config.sets(strategy_key, steps_key):
         return
-    kind = str(config[strategy] if config.sets(strategy) else "steps")
-    how_often: Any = {"epoch": "epoch", "no": None, "False": None}.get(kind, "")
-    if how_often == "" and kind == "steps" and config[steps] is not None and number(config[steps]) >= 1:
-        how_often = integer(config[steps])
-    if how_often == "":
-        yield config.line([strategy, steps], "unsupported", note=f"set {ours} to a number of optimizer steps, or epoch")
+    kind = str(config[strategy_key] if config.sets(strategy_key) else "steps")
+    interval: Any = {"epoch": "epoch", "no": None, "False": None}.get(kind, "")
+    if interval == "" and kind == "steps" and config[steps_key] is not None and number(config[steps_key]) >= 1:
+        interval = integer(config[steps_key])
+    if interval == "":
+        yield config.line(
+            [strategy_key, steps_key], "unsupported", note=f"set {our_key} to a number of optimizer steps, or epoch"
+        )
     else:
-        note = "the end is always saved" if strategy == "save_strategy" and how_often is None else ""
-        yield config.line([strategy, steps], "translated", {ours: how_often}, note)
+        note = "the end is always saved" if strategy_key == "save_strategy" and interval is None else ""
+        yield config.line([strategy_key, steps_key], "translated", {our_key: interval}, note)
 
 
 def precision(config: ToolConfig) -> Iterator[Line]:
@@ -190,18 +194,18 @@ def ppo_batch(config: ToolConfig) -> Iterator[Line]:
 
 def adapter_line(config: ToolConfig, keys: list[str], rank: int, alpha: float, **targets: Any) -> Line:
     """A line about the LoRA keys."""
-    more = {ours: True for key, ours in (("use_rslora", "lora.rslora"), ("use_dora", "lora.dora")) if config[key]}
-    ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": number(config["lora_dropout"]), **more, **targets}
+    flags = {ours: True for key, ours in (("use_rslora", "lora.rslora"), ("use_dora", "lora.dora")) if config[key]}
+    ours = {"lora.r": rank, "lora.alpha": alpha, "lora.dropout": number(config["lora_dropout"]), **flags, **targets}
     return config.line(keys, "translated", ours)
 
 
-def quantized(config: ToolConfig, key: str, ours: str | None, adapted: bool) -> Iterator[Line]:
-    """4- or 8-bit weights, which need an adapter here. `ours`: our setting, None if not requested, "" if unsupported."""
-    if ours is None:
+def quantized(config: ToolConfig, key: str, quantization: str | None, has_adapter: bool) -> Iterator[Line]:
+    """4- or 8-bit weights, which need an adapter here. `quantization`: our setting, None if not requested, "" if unsupported."""
+    if quantization is None:
         if config.sets(key):
             yield config.line([key], "same", note="off, as here")
-    elif ours and adapted:
-        yield config.line([key], "translated", {"model.quantize": ours})
+    elif quantization and has_adapter:
+        yield config.line([key], "translated", {"model.quantize": quantization})
     else:
         how = "model.quantize: nf4 (or int8) stands beside a lora section (docs/memory.md)"
         yield config.line([key], "unsupported", note=how)
@@ -222,11 +226,11 @@ def detect_local_layout(path: str, columns: Mapping[str, str]) -> tuple[str, boo
     if not Path(path).expanduser().exists():
         return "", False
     try:
-        first = list(islice(read_rows(path), FIRST_ROWS))
+        rows = list(islice(read_rows(path), FIRST_ROWS))
         has_pictures = any(
-            is_nonempty(rename_columns(r.values, columns).get(n)) for r in first if isinstance(r, Row) for n in COLUMNS
+            is_nonempty(rename_columns(r.values, columns).get(n)) for r in rows if isinstance(r, Row) for n in COLUMNS
         )
-        return detect_layout(first, path, columns, {})[0], has_pictures
+        return detect_layout(rows, path, columns, {})[0], has_pictures
     except DataError:
         return "", False
 
@@ -234,10 +238,10 @@ def detect_local_layout(path: str, columns: Mapping[str, str]) -> tuple[str, boo
 def model_type(path: str) -> str | None:
     """`model_type` in a local model folder's config.json, or None for a hub id."""
     try:
-        found = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+        config = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return str(found.get("model_type")) if isinstance(found, dict) else None
+    return str(config.get("model_type")) if isinstance(config, dict) else None
 
 
 DERIVATIONS = (batch, length, schedule, saving, precision, val_size, report_to, ppo_batch)

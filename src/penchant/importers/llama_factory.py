@@ -20,29 +20,29 @@ def lora(config: ToolConfig) -> Iterator[Line]:
     kind, bits = config[kind_key], config[bits_key]
     yield from hf.quantized(config, bits_key, {4: "nf4", 8: "int8"}.get(bits, "") if bits else None, kind == "lora")
     if kind == "full":
-        there = [kind_key, *(k for k in keys if config.sets(k))]
-        yield config.line(there, "same", note="without `lora` the whole model is trained")
+        set_keys = [kind_key, *(k for k in keys if config.sets(k))]
+        yield config.line(set_keys, "same", note="without `lora` the whole model is trained")
         return
     if kind != "lora":
         yield config.line([kind_key], "unsupported", note="full and lora only: set finetuning_type to one of them")
         return
     rank = integer(config["lora_rank"])
-    used = [kind_key, *(k for k in keys if config[k] is not None)]
-    more: dict[str, Any] = {}
+    used_keys = [kind_key, *(k for k in keys if config[k] is not None)]
+    options: dict[str, Any] = {}
     if config["loraplus_lr_ratio"]:
-        more["lora.lr_ratio"] = number(config["loraplus_lr_ratio"])
+        options["lora.lr_ratio"] = number(config["loraplus_lr_ratio"])
     if adapter := config["adapter_name_or_path"]:
         if "," in str(adapter):
             how = "one adapter is trained on: merge the others first, and set model.path"
             yield config.line(["adapter_name_or_path"], "unsupported", note=how)
             return
-        more["model.adapter"] = str(adapter)
+        options["model.adapter"] = str(adapter)
         yield config.line(
-            used, "translated", more, "the reference is the adapter's start here, the model under it there"
+            used_keys, "translated", options, "the reference is the adapter's start here, the model under it there"
         )
         return
-    more["lora.target_modules"] = layers(config["lora_target"])
-    yield hf.adapter_line(config, used, rank, number(config["lora_alpha"] or 2 * rank), **more)
+    options["lora.target_modules"] = layers(config["lora_target"])
+    yield hf.adapter_line(config, used_keys, rank, number(config["lora_alpha"] or 2 * rank), **options)
 
 
 # ---- Data sets by name ----
@@ -53,8 +53,8 @@ def data(config: ToolConfig) -> Iterator[Line]:
     entries: list[Mapping[str, Any]] | None = []
     for key, ours in (("dataset", "data.path"), ("eval_dataset", "data.eval_path")):
         if config[key]:
-            found = yield from _resolve_datasets(config, key, ours)
-            entries = None if found is None or entries is None else entries + found
+            descriptions = yield from _resolve_datasets(config, key, ours)
+            entries = None if descriptions is None or entries is None else entries + descriptions
     keys = [k for k in TABLE["derived"]["data"][3:] if config.sets(k)]
     if entries is None:
         if keys:
@@ -64,45 +64,49 @@ def data(config: ToolConfig) -> Iterator[Line]:
         yield from _pictures(config, entries)
 
 
-def _resolve_datasets(config: ToolConfig, key: str, ours: str) -> Generator[Line, None, list[Mapping[str, Any]] | None]:
+def _resolve_datasets(
+    config: ToolConfig, key: str, our_key: str
+) -> Generator[Line, None, list[Mapping[str, Any]] | None]:
     """Translate the data sets of a key. Returns their descriptions, or None without dataset_info.json."""
-    listed = config[key]
-    names = [str(n) for n in listed] if isinstance(listed, list) else [n.strip() for n in str(listed).split(",")]
+    value = config[key]
+    names = [str(n) for n in value] if isinstance(value, list) else [n.strip() for n in str(value).split(",")]
     folder = Path(str(config["dataset_dir"]))
-    known, where = _dataset_info(folder, Path(config.folder))
-    if known is None:
+    info, where = _dataset_info(folder, Path(config.folder))
+    if info is None:
         path = [str(folder / f"{n}.json") for n in names]
         note = f"{where} is not here: the file's place is guessed; with it beside the file, its columns, turns and pictures are read too"
-        yield config.line([key, "dataset_dir"], "translated", {ours: path if len(path) > 1 else path[0]}, note)
+        yield config.line([key, "dataset_dir"], "translated", {our_key: path if len(path) > 1 else path[0]}, note)
         return None
     entries: list[Mapping[str, Any]] = []
     for name in names:
-        entry = known.get(name)
+        entry = info.get(name)
         if not isinstance(entry, Mapping):
-            raise ConfigError(where, f"there is no {name!r}", f"there are {', '.join(sorted(map(str, known)))[:200]}")
+            raise ConfigError(where, f"there is no {name!r}", f"there are {', '.join(sorted(map(str, info)))[:200]}")
         entries.append(entry)
         yield from _unread_fields(name, entry)
     paths = [_locate(entry, folder) for entry in entries]
-    made: dict[str, Any] = {ours: paths if len(paths) > 1 else paths[0]}
-    rows = [_row_options(entry, config) for entry in entries]
-    if ours == "data.path" and any(r != rows[0] for r in rows):
-        made = {"data.sources": [{"path": path, **of} for path, of in zip(paths, rows, strict=True)]}
-    elif ours == "data.path":
-        made |= {f"data.{k}": v for k, v in rows[0].items()}
-    used = [key, "dataset_dir", *(["mask_history"] if config.sets("mask_history") else [])]
-    yield config.line(used, "translated", made)
+    settings: dict[str, Any] = {our_key: paths if len(paths) > 1 else paths[0]}
+    row_options = [_row_options(entry, config) for entry in entries]
+    if our_key == "data.path" and any(r != row_options[0] for r in row_options):
+        settings = {
+            "data.sources": [{"path": path, **options} for path, options in zip(paths, row_options, strict=True)]
+        }
+    elif our_key == "data.path":
+        settings |= {f"data.{k}": v for k, v in row_options[0].items()}
+    used_keys = [key, "dataset_dir", *(["mask_history"] if config.sets("mask_history") else [])]
+    yield config.line(used_keys, "translated", settings)
     return entries
 
 
 def _row_options(entry: Mapping[str, Any], config: ToolConfig) -> dict[str, Any]:
     """How to read the rows of one set, from its description alone."""
-    turns = entry.get("formatting", "alpaca") == "sharegpt"
-    made: dict[str, Any] = {"columns": _columns(entry)}
-    if turns and entry.get("ranking"):
-        made["shape"] = "sharegpt_pairs"
-    elif turns and str(config["stage"] or "sft") == "sft":
-        made |= {"shape": "sharegpt", "layout_options": {} if config["mask_history"] else {"turns": "all"}}
-    return {k: v for k, v in made.items() if v}
+    is_conversation = entry.get("formatting", "alpaca") == "sharegpt"
+    options: dict[str, Any] = {"columns": _columns(entry)}
+    if is_conversation and entry.get("ranking"):
+        options["shape"] = "sharegpt_pairs"
+    elif is_conversation and str(config["stage"] or "sft") == "sft":
+        options |= {"shape": "sharegpt", "layout_options": {} if config["mask_history"] else {"turns": "all"}}
+    return {k: v for k, v in options.items() if v}
 
 
 def _pictures(config: ToolConfig, entries: Sequence[Mapping[str, Any]]) -> Iterator[Line]:
@@ -114,9 +118,9 @@ def _pictures(config: ToolConfig, entries: Sequence[Mapping[str, Any]]) -> Itera
         )
     folder = Path(str(config["dataset_dir"]))
     if config["media_dir"] or any(len(Path(str(e.get("file_name", ""))).parts) > 1 for e in entries):
-        place = str(config["media_dir"] or folder)
+        image_dir = str(config["media_dir"] or folder)
         yield config.line(
-            ["media_dir"] if config["media_dir"] else ["dataset_dir"], "translated", {"data.image_dir": place}
+            ["media_dir"] if config["media_dir"] else ["dataset_dir"], "translated", {"data.image_dir": image_dir}
         )
     pixels = integer(config["image_max_pixels"] or 768 * 768)
     how = (
@@ -129,18 +133,18 @@ def _pictures(config: ToolConfig, entries: Sequence[Mapping[str, Any]]) -> Itera
         )
 
 
-def _dataset_info(folder: Path, beside: Path) -> tuple[Mapping[str, Any] | None, str]:
+def _dataset_info(folder: Path, config_folder: Path) -> tuple[Mapping[str, Any] | None, str]:
     """(dataset_info.json or None, its path), looked for in the working directory and beside the imported file."""
-    for root in (Path(), beside):
+    for root in (Path(), config_folder):
         path = root / folder / "dataset_info.json"
         if path.is_file():
             try:
-                found = json.loads(path.read_text(encoding="utf-8"))
+                info = json.loads(path.read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise ConfigError(str(path), f"cannot be read ({error})", "fix the file") from error
-            if not isinstance(found, dict):
+            if not isinstance(info, dict):
                 raise ConfigError(str(path), "is not a JSON object", "it maps names to descriptions")
-            return found, str(path)
+            return info, str(path)
     return None, str(folder / "dataset_info.json")
 
 
@@ -152,8 +156,8 @@ def _locate(entry: Mapping[str, Any], folder: Path) -> str:
 
 def _column_names(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """The description's column names, or an empty mapping."""
-    found = entry.get("columns")
-    return found if isinstance(found, Mapping) else {}
+    columns = entry.get("columns")
+    return columns if isinstance(columns, Mapping) else {}
 
 
 def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -163,8 +167,8 @@ def _columns(entry: Mapping[str, Any]) -> dict[str, str]:
         columns, fields = {"messages": "conversations", **columns}, TABLE["sharegpt"]
     else:
         fields = TABLE["alpaca"]
-    found = {fields[k]: str(v) for k, v in columns.items() if k in fields}
-    return {ours: theirs for ours, theirs in found.items() if ours != theirs}
+    renames = {fields[k]: str(v) for k, v in columns.items() if k in fields}
+    return {ours: theirs for ours, theirs in renames.items() if ours != theirs}
 
 
 def _unread_fields(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
@@ -187,29 +191,29 @@ def _unread_fields(name: str, entry: Mapping[str, Any]) -> Iterator[Line]:
 def preference(config: ToolConfig) -> Iterator[Line]:
     """pref_loss, pref_beta and related keys."""
     name, beta = str(config["pref_loss"]), number(config["pref_beta"])
-    used = ["pref_loss", "pref_beta"]
+    used_keys = ["pref_loss", "pref_beta"]
     if name not in TABLE["pref_losses"]:
         note = "kto_pair: set loss.name: kto, which takes pairs apart; `penchant losses` lists the others"
-        yield config.line(used, "unsupported", {"loss.name": "dpo", "loss.beta": beta}, note)
+        yield config.line(used_keys, "unsupported", {"loss.name": "dpo", "loss.beta": beta}, note)
         return
     ours: dict[str, Any] = {"loss.name": TABLE["pref_losses"][name], "loss.beta": beta}
     smoothing, note = number(config["dpo_label_smoothing"] or 0) if name == "sigmoid" else 0, ""
     if name == "simpo":
         ours["loss.gamma"] = number(config["simpo_gamma"])
-        used.append("simpo_gamma")
+        used_keys.append("simpo_gamma")
     if smoothing:
         ours["loss.label_smoothing"] = smoothing
-        used.append("dpo_label_smoothing")
+        used_keys.append("dpo_label_smoothing")
     elif name == "sigmoid" and config["ld_alpha"] is not None:
         ours |= {"loss.name": "ld_dpo", "loss.alpha": number(config["ld_alpha"])}
-        used.append("ld_alpha")
+        used_keys.append("ld_alpha")
     if number(config["pref_ftx"] or 0):
         ours["loss.nll_weight"] = number(config["pref_ftx"])
-        used.append("pref_ftx")
+        used_keys.append("pref_ftx")
         note = "the likelihood term is a mean over all tokens here, over answers there"
-    yield config.line(used, "translated", ours, note)
+    yield config.line(used_keys, "translated", ours, note)
     for key in TABLE["derived"]["preference"]:
-        if config.sets(key) and key not in used:
+        if config.sets(key) and key not in used_keys:
             if key in ("simpo_gamma", "pref_ftx") or not config[key]:
                 yield config.line([key], "same", note=f"without effect on {name}")
             else:

@@ -17,12 +17,12 @@ TABLE = table("ms_swift")
 def train_batch(config: ToolConfig) -> Iterator[Line]:
     """Rows of one optimizer step. Without gradient accumulation, ms-swift accumulates to at least 16."""
     devices = max(config.devices, integer(config["global_world_size"] or 1))
-    one = integer(config["per_device_train_batch_size"]) * devices
-    more = integer(config["gradient_accumulation_steps"] or math.ceil(16 / one))
-    why = "" if config["gradient_accumulation_steps"] else "; without an accumulation, at least 16"
+    rows = integer(config["per_device_train_batch_size"]) * devices
+    accumulation = integer(config["gradient_accumulation_steps"] or math.ceil(16 / rows))
+    reason = "" if config["gradient_accumulation_steps"] else "; without an accumulation, at least 16"
     keys = [k for k in TABLE["derived"]["train_batch"] if config.sets(k)] or ["per_device_train_batch_size"]
-    note = f"{one // devices} x {more} x {devices} device(s){why}; memory is train.tokens_per_step here"
-    yield config.line(keys, "translated", {"train.batch_size": one * more}, note)
+    note = f"{rows // devices} x {accumulation} x {devices} device(s){reason}; memory is train.tokens_per_step here"
+    yield config.line(keys, "translated", {"train.batch_size": rows * accumulation}, note)
 
 
 def learning_rate(config: ToolConfig) -> Iterator[Line]:
@@ -36,18 +36,18 @@ def learning_rate(config: ToolConfig) -> Iterator[Line]:
 
 def dtype(config: ToolConfig) -> Iterator[Line]:
     """torch_dtype, or else bf16 and fp16."""
-    there = [k for k in TABLE["derived"]["dtype"] if config.sets(k)]
+    set_keys = [k for k in TABLE["derived"]["dtype"] if config.sets(k)]
     kind = str(config["torch_dtype"] or ("bfloat16" if config["bf16"] else "float16" if config["fp16"] else ""))
     kind = kind.removeprefix("torch.")
     if kind in ("float16", "fp16"):
         note = "there is no fp16 with loss scaling; bf16 has its range and needs none"
-        yield config.line(there, "unsupported", {"model.dtype": "auto"}, note)
+        yield config.line(set_keys, "unsupported", {"model.dtype": "auto"}, note)
     elif kind:
         ours = {"bfloat16": "bf16", "bf16": "bf16", "float32": "fp32", "fp32": "fp32"}.get(kind)
         how = "" if ours else "set model.dtype: bf16 or fp32"
-        yield config.line(there, "translated" if ours else "unsupported", {"model.dtype": ours} if ours else {}, how)
-    elif there:
-        yield config.line(there, "same", note="bf16 where the hardware has it; the type of the model's config there")
+        yield config.line(set_keys, "translated" if ours else "unsupported", {"model.dtype": ours} if ours else {}, how)
+    elif set_keys:
+        yield config.line(set_keys, "same", note="bf16 where the hardware has it; the type of the model's config there")
 
 
 def tuner(config: ToolConfig) -> Iterator[Line]:
@@ -63,30 +63,30 @@ def tuner(config: ToolConfig) -> Iterator[Line]:
     if config.sets("quant_method"):
         yield config.line(["quant_method"], "same", note="of quant_bits")
     keys = TABLE["derived"]["tuner"][1:11]
-    there = [k for k in keys if config.sets(k)]
+    set_keys = [k for k in keys if config.sets(k)]
     if kind == "full":
         yield config.line(
-            [k for k in ("train_type", *there) if config.sets(k)], "same", note="the whole model is trained"
+            [k for k in ("train_type", *set_keys) if config.sets(k)], "same", note="the whole model is trained"
         )
     elif kind != "lora":
         yield config.line(
-            ["train_type", *there], "unsupported", note="full and lora only: set train_type to one of them"
+            ["train_type", *set_keys], "unsupported", note="full and lora only: set train_type to one of them"
         )
     elif len(adapters) > 1:
         how = "one adapter is trained on: merge the others first, and set model.path"
         yield config.line(["adapters"], "unsupported", note=how)
     elif adapters:
         note = "the adapter is trained on, and the reference is its start"
-        yield config.line(["train_type", *there], "translated", {"model.adapter": adapters[0]}, note)
+        yield config.line(["train_type", *set_keys], "translated", {"model.adapter": adapters[0]}, note)
     else:
-        named = config["target_regex"] or layers(config["target_modules"])
-        named = "all-linear" if named == ["all-linear"] else named
-        used = ["train_type", "lora_r", "lora_alpha", "lora_dropout", "target_modules", *there]
-        more: dict[str, Any] = {"lora.target_modules": named}
+        targets = config["target_regex"] or layers(config["target_modules"])
+        targets = "all-linear" if targets == ["all-linear"] else targets
+        used_keys = ["train_type", "lora_r", "lora_alpha", "lora_dropout", "target_modules", *set_keys]
+        options: dict[str, Any] = {"lora.target_modules": targets}
         if config["loraplus_lr_ratio"]:
-            more["lora.lr_ratio"] = number(config["loraplus_lr_ratio"])
+            options["lora.lr_ratio"] = number(config["loraplus_lr_ratio"])
         rank, alpha = integer(config["lora_r"]), number(config["lora_alpha"])
-        yield hf.adapter_line(config, list(dict.fromkeys(used)), rank, alpha, **more)
+        yield hf.adapter_line(config, list(dict.fromkeys(used_keys)), rank, alpha, **options)
     if config.sets("ref_adapters"):
         same = config["ref_adapters"] in (config["adapters"], adapters)
         how = "the reference is the adapter's start; for another one, merge it and set reference.path"
@@ -98,35 +98,39 @@ def tuner(config: ToolConfig) -> Iterator[Line]:
 
 def datasets(config: ToolConfig) -> Iterator[Line]:
     """`dataset` as `data.path` or `data.sources`, and `val_dataset` as `data.eval_path`. Entries are `[HF::]name[:subset][#rows]`."""
-    made, notes = [], []
+    locations, notes = [], []
     for name in _as_list(config["dataset"]):
-        where, note, problem = _locate(name, config)
-        made.append(where)
+        location, note, problem = _locate(name, config)
+        locations.append(location)
         notes += [note] if note else []
         if problem:
             yield Line((("dataset", name),), "unsupported", (), problem)
     note = "; ".join(dict.fromkeys(notes))
-    if len(made) > 1 and any("limit" in where for where in made):
-        yield config.line(["dataset"], "translated", {"data.sources": made}, note)
-    elif made:
-        paths = [where["path"] for where in made]
+    if len(locations) > 1 and any("limit" in location for location in locations):
+        yield config.line(["dataset"], "translated", {"data.sources": locations}, note)
+    elif locations:
+        paths = [location["path"] for location in locations]
         ours: dict[str, Any] = {"data.path": paths if len(paths) > 1 else paths[0]}
-        ours |= {"data.limit": made[0]["limit"]} if "limit" in made[0] else {}
+        ours |= {"data.limit": locations[0]["limit"]} if "limit" in locations[0] else {}
         yield config.line(["dataset"], "translated", ours, note)
-    held = _as_list(config["val_dataset"])
-    if held:
-        found = [_locate(name, config) for name in held]
-        paths = [where["path"] for where, _, _ in found]
-        left = [name for name, (where, _, problem) in zip(held, found, strict=True) if problem or "limit" in where]
+    held_out = _as_list(config["val_dataset"])
+    if held_out:
+        held_out_locations = [_locate(name, config) for name in held_out]
+        paths = [location["path"] for location, _, _ in held_out_locations]
+        incomplete = [
+            name
+            for name, (location, _, problem) in zip(held_out, held_out_locations, strict=True)
+            if problem or "limit" in location
+        ]
         ours = {"data.eval_path": paths if len(paths) > 1 else paths[0]}
         yield config.line(
-            ["val_dataset"], "translated", ours, f"{', '.join(left)}: all rows of the set" if left else ""
+            ["val_dataset"], "translated", ours, f"{', '.join(incomplete)}: all rows of the set" if incomplete else ""
         )
     if config["columns"]:
-        names = _columns(config)
-        how = "" if names else "it maps their columns to names of ms-swift"
-        ours = {"data.columns": names} if names else {}
-        yield config.line(["columns"], "translated" if names else "unsupported", ours, how)
+        columns = _columns(config)
+        how = "" if columns else "it maps their columns to names of ms-swift"
+        ours = {"data.columns": columns} if columns else {}
+        yield config.line(["columns"], "translated" if columns else "unsupported", ours, how)
     if config.sets("use_hf"):
         yield config.line(["use_hf"], "same", note="hub ids are Hugging Face's here")
     if any(has_pictures for _, has_pictures in _local_layouts(config)):
@@ -153,14 +157,14 @@ def _pictures(config: ToolConfig) -> Iterator[Line]:
     yield hf.vision_parts(config, ["freeze_vit", "freeze_aligner"])
     if config.sets("freeze_llm"):
         frozen = flag(config["freeze_llm"])
-        how = "the language model is trained, or its adapter" if frozen else "as here"
-        yield config.line(["freeze_llm"], "unsupported" if frozen else "same", note=how)
+        note = "the language model is trained, or its adapter" if frozen else "as here"
+        yield config.line(["freeze_llm"], "unsupported" if frozen else "same", note=note)
 
 
 def loss_scale(config: ToolConfig) -> Iterator[Line]:
     """loss_scale: which answers of a conversation are trained on. Looks at the rows to see if they are conversations."""
     kind = str(config["loss_scale"] or "default").partition("+")[0]
-    there = [shape in ("messages", "sharegpt") for shape, _ in _local_layouts(config) if shape]
+    are_conversations = [shape in ("messages", "sharegpt") for shape, _ in _local_layouts(config) if shape]
     if kind == "last_round":
         yield config.line(["loss_scale"], "same", note="of a conversation the last answer is learned")
     elif kind != "default":
@@ -168,7 +172,7 @@ def loss_scale(config: ToolConfig) -> Iterator[Line]:
             "weights of parts of an answer are not here; every answer is learned with data.layout_options={turns: all}"
         )
         yield config.line(["loss_scale"], "unsupported", note=how)
-    elif all(there) and there:
+    elif all(are_conversations) and are_conversations:
         ours = {"data.layout_options": {"turns": "all"}}
         yield config.line(
             ["loss_scale"],
@@ -176,7 +180,7 @@ def loss_scale(config: ToolConfig) -> Iterator[Line]:
             ours,
             "" if config.sets("loss_scale") else "every answer of a conversation is learned",
         )
-    elif any(there) or not there:
+    elif any(are_conversations) or not are_conversations:
         how = "every answer of a conversation is learned there: set layout_options={turns: all} for the data sets that hold some"
         yield Line((("loss_scale", "default"),), "unsupported", (), how, config.sets("loss_scale"))
     elif config.sets("loss_scale"):
@@ -199,8 +203,8 @@ def _locate(name: str, config: ToolConfig) -> tuple[dict[str, Any], str, str]:
         return {"path": rest.partition(":")[0], **limit}, note, ""
     rest, _, subset = rest.partition(":")
     if not (hub == "HF" or str(config["use_hf"]).lower() in ("true", "1")):
-        moved = "hub ids are ModelScope's there and Hugging Face's here: see that they are the same"
-        note = "; ".join(filter(None, (note, moved)))
+        hub_note = "hub ids are ModelScope's there and Hugging Face's here: see that they are the same"
+        note = "; ".join(filter(None, (note, hub_note)))
     how = f"the subset {subset} is not read, but the default one: save it as a file and set data.path"
     return {"path": f"{rest}:train", **limit}, note, how if subset not in ("", "default") else ""
 

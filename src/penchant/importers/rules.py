@@ -102,19 +102,19 @@ def number(value: Any) -> float:
 
 def integer(value: Any) -> int:
     """Convert to int."""
-    found = number(value)
-    if not found.is_integer():
+    converted = number(value)
+    if not converted.is_integer():
         raise Untranslatable(f"{repr(value)[:60]} is not a whole number; set the key by hand")
-    return int(found)
+    return int(converted)
 
 
 def flag(value: Any) -> bool:
     """Convert to bool, including YAML 1.1's yes, no, on and off."""
     words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    found = words.get(str(value).strip().lower())
-    if found is None:
+    converted = words.get(str(value).strip().lower())
+    if converted is None:
         raise Untranslatable(f"{value!r} is neither true nor false; set the key by hand")
-    return found
+    return converted
 
 
 def name(value: Any) -> str:
@@ -242,20 +242,20 @@ class Source:
             return flat, {}, []
         names = self.names | {k: k.partition(".")[2] for k in flat if k.partition(".")[0] in self.inner}
         order = [*(k for k in self.names if k in flat), *(k for k in flat if k not in self.names)]
-        lines, found, original_names = [], {}, {ours: theirs for theirs, ours in reversed(self.names.items())}
+        lines, renamed, original_names = [], {}, {ours: theirs for theirs, ours in reversed(self.names.items())}
         for k in order:
             ours = names.get(k, k)
             if flat[k] is None:
                 lines.append(Line(((k, None),), "same", note="not set"))
-            elif ours in found:
+            elif ours in renamed:
                 lines.append(
                     Line(
                         ((k, flat[k]),), "same", note=f"without effect there: {original_names.get(ours, ours)} says it"
                     )
                 )
             else:
-                found[ours], original_names[ours] = flat[k], k
-        return found, original_names, lines
+                renamed[ours], original_names[ours] = flat[k], k
+        return renamed, original_names, lines
 
 
 @cache
@@ -266,12 +266,12 @@ def table(name: str) -> dict[str, Any]:
 
 def rules_of(part: Mapping[str, Any]) -> dict[str, Rule]:
     """``{key: rule}`` of one table."""
-    made: dict[str, Rule] = {}
-    for kind, apply, text in KINDS:
+    rules: dict[str, Rule] = {}
+    for kind, apply, default_field in KINDS:
         for keys, rule in part.get(kind, {}).items():
-            unset_lines = rule if isinstance(rule, dict) else {text: rule}
-            made |= dict.fromkeys(keys.split(", "), partial(apply, unset_lines))
-    return made
+            options = rule if isinstance(rule, dict) else {default_field: rule}
+            rules |= dict.fromkeys(keys.split(", "), partial(apply, options))
+    return rules
 
 
 def _merge_tables(parts: Iterable[Mapping[str, Any]], what: str) -> dict[str, Any]:
@@ -288,23 +288,23 @@ def source(name: str, derivations: Iterable[Derive], guess: Guess) -> Source:
     keys = _merge_tables(borrowed, "derived")
     groups = {**_merge_tables(borrowed[: -len(tables)], "methods"), **_merge_tables(borrowed, "groups")}
 
-    def method(own: Mapping[str, Any]) -> Method:
-        parts = [*(groups[group] for group in own.get("like", ())), own]
+    def build_method(spec: Mapping[str, Any]) -> Method:
+        parts = [*(groups[group] for group in spec.get("like", ())), spec]
         defaults = _merge_tables([*tables, *parts], "defaults")
         return Method(
-            own["title"],
-            own.get("base", {}),
+            spec["title"],
+            spec.get("base", {}),
             {key: value for key, value in defaults.items() if value is not None},
             {key: rule for part in parts for key, rule in rules_of(part).items()},
-            tuple(functions[f] for f in own["derived"]),
-            frozenset(key for f in own["derived"] for key in keys[f]),
-            tuple(own.get("remarks", ())),
+            tuple(functions[f] for f in spec["derived"]),
+            frozenset(key for f in spec["derived"] for key in keys[f]),
+            tuple(spec.get("remarks", ())),
         )
 
     rules = {key: rule for part in tables for key, rule in rules_of(part).items()}
-    methods = {key: method(own) for key, own in tool["methods"].items()}
-    more = (tool.get("names", {}), frozenset(tool.get("sections", ())), frozenset(tool.get("inner", ())))
-    return Source(name, tool["title"], methods, rules, frozenset(tool["marks"]), guess, *more)
+    methods = {key: build_method(spec) for key, spec in tool["methods"].items()}
+    tool_options = (tool.get("names", {}), frozenset(tool.get("sections", ())), frozenset(tool.get("inner", ())))
+    return Source(name, tool["title"], methods, rules, frozenset(tool["marks"]), guess, *tool_options)
 
 
 @dataclass(frozen=True)
@@ -325,13 +325,13 @@ class Translation:
     @property
     def settings(self) -> dict[str, tuple[Any, str]]:
         """``{our key: (value, its origin)}``."""
-        found: dict[str, tuple[Any, str]] = {k: (v, "") for k, v in self.method.base.items()}
+        settings: dict[str, tuple[Any, str]] = {k: (v, "") for k, v in self.method.base.items()}
         for line in self.lines:
             origin = ", ".join(f"{k}: {v}" for k, v in line.theirs)
             comment = origin if line.is_set else f"{self.source.title}'s default ({origin})" if origin else line.note
             for key, value in line.ours:
-                found[key] = (value, comment)
-        return found
+                settings[key] = (value, comment)
+        return settings
 
 
 def translate(
@@ -346,37 +346,43 @@ def translate(
     Raises:
         Untranslatable: a value cannot be understood; the message names the key.
     """
-    found, original_names, unset_lines = source.read(values)
-    config = ToolConfig(found, method.defaults, devices, folder)
+    renamed_values, original_names, unset_lines = source.read(values)
+    config = ToolConfig(renamed_values, method.defaults, devices, folder)
     try:
-        lines = _lines(found, original_names, source, method, config)
+        lines = _lines(renamed_values, original_names, source, method, config)
     except (ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError) as error:
-        why = (
+        reason = (
             str(error)
             if isinstance(error, Untranslatable)
             else f"{repr(config[config.last])[:60]} cannot be understood"
         )
-        raise Untranslatable(f"{original_names.get(config.last, config.last)}: {why}") from error
-    named = [replace(line, theirs=tuple((original_names.get(k, k), v) for k, v in line.theirs)) for line in lines]
-    kept = _without_idle(named, method)
-    return Translation(
-        source, method, values, (*unset_lines, *kept), method.remarks
-    )  # `unset_lines` already has the file's key names
+        raise Untranslatable(f"{original_names.get(config.last, config.last)}: {reason}") from error
+    restored = [replace(line, theirs=tuple((original_names.get(k, k), v) for k, v in line.theirs)) for line in lines]
+    effective = _without_idle(restored, method)
+    # `unset_lines` already has the file's key names
+    return Translation(source, method, values, (*unset_lines, *effective), method.remarks)
 
 
 def _without_idle(lines: list[Line], method: Method) -> list[Line]:
     """Drop our keys that have no effect with the resulting algorithm, because a config that sets them is rejected."""
-    made = dict(method.base) | {k: v for line in lines for k, v in line.ours}
-    name = made.get("algorithm.name")
+    settings = dict(method.base) | {k: v for line in lines for k, v in line.ours}
+    name = settings.get("algorithm.name")
     if name not in ALGORITHMS:
         return lines
-    kind, own = ALGORITHMS[name], {k.partition(".")[2]: v for k, v in made.items() if k.startswith("algorithm.")}
+    algorithm, algorithm_settings = (
+        ALGORITHMS[name],
+        {k.partition(".")[2]: v for k, v in settings.items() if k.startswith("algorithm.")},
+    )
     try:
         with recorded():  # which refuses none of them
-            idle = kind.model_validate(own).idle
+            idle = algorithm.model_validate(algorithm_settings).idle
     except ValidationError:
         return lines  # building the config reports the error
-    idle_keys = {f"algorithm.{k}" for k in idle if k in own and own[k] != kind.model_fields[k].default}
+    idle_keys = {
+        f"algorithm.{k}"
+        for k in idle
+        if k in algorithm_settings and algorithm_settings[k] != algorithm.model_fields[k].default
+    }
 
     def drop_idle(line: Line) -> Line:
         ours = tuple((k, v) for k, v in line.ours if k not in idle_keys)
@@ -390,21 +396,23 @@ def _without_idle(lines: list[Line], method: Method) -> list[Line]:
 
 
 def _lines(
-    found: Mapping[str, Any], original_names: Mapping[str, str], source: Source, method: Method, config: ToolConfig
+    set_keys: Mapping[str, Any], original_names: Mapping[str, str], source: Source, method: Method, config: ToolConfig
 ) -> list[Line]:
-    """A line for every key that is set (`found`, by the rules' names), and for the tool's defaults."""
+    """A line for every key that is set (`set_keys`, by the rules' names), and for the tool's defaults."""
     lines: list[Line] = []
     rules = {**source.rules, **method.rules}
-    for k in (k for k in found if k not in method.parts):
+    for k in (k for k in set_keys if k not in method.parts):
         rule = rules.get(k) or next((r for n, r in rules.items() if n.endswith("*") and k.startswith(n[:-1])), None)
         lines.append(rule(k, config) if rule else _unknown(k, config, source, method, original_names))
-    lines += [rules[k](k, config) for k in method.defaults if k not in found and k not in method.parts and k in rules]
+    lines += [
+        rules[k](k, config) for k in method.defaults if k not in set_keys and k not in method.parts and k in rules
+    ]
     for derive in method.derive:
         lines += derive(config)
     seen = {k for line in lines for k, _ in line.theirs}
-    idle = "without effect there: nothing that uses it is on"
+    note = "without effect there: nothing that uses it is on"
     lines += [
-        config.line([k], "same", note=idle) for k in found if k not in seen and original_names.get(k, k) not in seen
+        config.line([k], "same", note=note) for k in set_keys if k not in seen and original_names.get(k, k) not in seen
     ]
     return lines
 
@@ -417,15 +425,15 @@ def _unknown(key: str, config: ToolConfig, source: Source, method: Method, origi
     if config[key] in OFF:
         return config.line([key], "same", note="not a key that the importer knows; it is off there")
     known = [*source.rules, *method.rules, *method.parts]
-    near = closest(original_names.get(key, key), [original_names.get(k, k) for k in known])
-    how = f"did you mean {near}?" if near else "see `penchant config` for what there is"
+    suggestion = closest(original_names.get(key, key), [original_names.get(k, k) for k in known])
+    how = f"did you mean {suggestion}?" if suggestion else "see `penchant config` for what there is"
     return config.line([key], "unsupported", note=f"not a key that the importer knows; {how}")
 
 
-def choose(name: str, there: Mapping[str, Any], where: str, what: str) -> Any:
-    """Return ``there[name]``, or raise ConfigError with the closest name or all names."""
-    if name not in there:
-        near = closest(name, there)
-        how = f"did you mean {near}?" if near else f"there are {', '.join(there)}"
+def choose(name: str, choices: Mapping[str, Any], where: str, what: str) -> Any:
+    """Return ``choices[name]``, or raise ConfigError with the closest name or all names."""
+    if name not in choices:
+        suggestion = closest(name, choices)
+        how = f"did you mean {suggestion}?" if suggestion else f"there are {', '.join(choices)}"
         raise ConfigError(where, f"{name!r} is not a {what}", how)
-    return there[name]
+    return choices[name]

@@ -19,48 +19,48 @@ def lora(config: ToolConfig) -> Iterator[Line]:
         yield from hf.quantized(config, key, ours if config[key] else None, bool(config["use_peft"]))
     if not config["use_peft"]:
         if config.sets("use_peft", *keys):
-            there = ["use_peft", *(k for k in keys if config.sets(k))]
-            yield config.line(there, "same", note="use_peft is off there: the whole model is trained")
+            set_keys = ["use_peft", *(k for k in keys if config.sets(k))]
+            yield config.line(set_keys, "same", note="use_peft is off there: the whole model is trained")
         return
-    used = ["use_peft", *keys[:3], *(key for key in keys[4:] if config.sets(key))]
-    yield hf.adapter_line(config, used, integer(config["lora_r"]), number(config["lora_alpha"]))
+    used_keys = ["use_peft", *keys[:3], *(key for key in keys[4:] if config.sets(key))]
+    yield hf.adapter_line(config, used_keys, integer(config["lora_r"]), number(config["lora_alpha"]))
     yield _targets(config)
 
 
 def _targets(config: ToolConfig) -> Line:
-    named = config["lora_target_modules"]
-    if named:
-        return config.line(["lora_target_modules"], "translated", {"lora.target_modules": layers(named)})
+    targets = config["lora_target_modules"]
+    if targets:
+        return config.line(["lora_target_modules"], "translated", {"lora.target_modules": layers(targets)})
     return peft_targets(config)
 
 
 def peft_targets(config: ToolConfig) -> Line:
     """The layers that PEFT adapts by default."""
-    known, kind = TABLE["peft_targets"], hf.model_type(str(config["model_name_or_path"]))
+    targets, kind = TABLE["peft_targets"], hf.model_type(str(config["model_name_or_path"]))
     note = f"PEFT's default for {kind}"
-    if kind not in known:
+    if kind not in targets:
         kind = "llama"
         note = "PEFT's default for Llama, Mistral, Qwen and Gemma; GPT-2: c_attn, GPT-NeoX: query_key_value"
-    return Line((), "translated", (("lora.target_modules", known[kind]),), note, is_set=False)
+    return Line((), "translated", (("lora.target_modules", targets[kind]),), note, is_set=False)
 
 
 def data(config: ToolConfig) -> Iterator[Line]:
     """The data: a hub id with its splits, a file, or a mixture of several."""
-    evaluated = str(config["eval_strategy"] or config["evaluation_strategy"] or "no") not in ("no", "False")
+    evaluates = str(config["eval_strategy"] or config["evaluation_strategy"] or "no") not in ("no", "False")
     if config["datasets"]:
         yield from _mixture(config)
     elif config["dataset_name"]:
         name = str(config["dataset_name"])
-        local = hf.is_local(name, config.folder)
-        keys = ["dataset_name"] if local else ["dataset_name", "dataset_train_split"]
-        path = name if local else f"{name}:{config['dataset_train_split']}"
-        clear = local or name.count("/") == 1
-        note = "" if clear else "a hub id is written owner/name here: add the owner, or give a file"
+        is_local = hf.is_local(name, config.folder)
+        keys = ["dataset_name"] if is_local else ["dataset_name", "dataset_train_split"]
+        path = name if is_local else f"{name}:{config['dataset_train_split']}"
+        is_clear = is_local or name.count("/") == 1
+        note = "" if is_clear else "a hub id is written owner/name here: add the owner, or give a file"
         yield config.line(keys, "translated", {"data.path": path}, note)
-        if evaluated and not local:
+        if evaluates and not is_local:
             ours = {"data.eval_path": f"{name}:{config['dataset_test_split']}"}
             yield config.line(["dataset_test_split"], "translated", ours)
-        elif evaluated and not config["test_split_size"]:
+        elif evaluates and not config["test_split_size"]:
             note = "a file has no test split: hold rows out with data.validation_fraction, or set data.eval_path"
             yield config.line(["dataset_test_split"], "unsupported", note=note)
     if config.sets("dataset_config"):
@@ -72,7 +72,7 @@ def data(config: ToolConfig) -> Iterator[Line]:
 
 
 def _mixture(config: ToolConfig) -> Iterator[Line]:
-    paths, left = [], []
+    paths, unsupported = [], []
     for part in config["datasets"] if isinstance(config["datasets"], list) else []:
         files = part.get("data_files") if isinstance(part, Mapping) else None
         if isinstance(files, (str, list)) and str(part.get("path")) in ("json", "csv", "parquet", "text"):
@@ -80,20 +80,20 @@ def _mixture(config: ToolConfig) -> Iterator[Line]:
         elif isinstance(part, Mapping) and part.get("path") and not part.get("name") and not files:
             paths.append(f"{part['path']}:{part.get('split', 'train')}")
         else:
-            left.append(part)
+            unsupported.append(part)
     if paths:
         yield config.line(["datasets"], "translated", {"data.path": paths if len(paths) > 1 else paths[0]})
-    if left or not paths:
-        note = f"{len(left)} of them has a configuration or files of its own kind: save it as a file and add it to data.path"
-        yield Line((("datasets", left),), "unsupported", (), note)
+    if unsupported or not paths:
+        note = f"{len(unsupported)} of them has a configuration or files of its own kind: save it as a file and add it to data.path"
+        yield Line((("datasets", unsupported),), "unsupported", (), note)
 
 
 def reference(config: ToolConfig) -> Iterator[Line]:
     """A reference that is synced with the policy (TR-DPO)."""
     keys = ("sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps")
     if config["sync_ref_model"]:
-        steps, share = integer(config["ref_model_sync_steps"] or 512), number(config["ref_model_mixup_alpha"] or 0.6)
-        yield config.line(keys, "translated", {"reference.sync_every": steps, "reference.sync_mixup": share})
+        steps, mixup = integer(config["ref_model_sync_steps"] or 512), number(config["ref_model_mixup_alpha"] or 0.6)
+        yield config.line(keys, "translated", {"reference.sync_every": steps, "reference.sync_mixup": mixup})
     elif config.sets(*keys):
         yield config.line([k for k in keys if config.sets(k)], "same", note="off: the reference stays the start")
 
@@ -113,51 +113,51 @@ def dpo_loss(config: ToolConfig) -> Iterator[Line]:
             note = "kto_pair and bco_pair: set loss.name: kto or bco, which learn from the two answers one by one"
         yield config.line(["loss_type", "loss_weights"], "unsupported", {"loss.name": "dpo"}, note)
         return
-    parts = [_component(config, losses[n]) for n in names]
-    used = ["loss_type", *dict.fromkeys(key for n in names for part, key in losses[n].items() if part != "name")]
+    components = [_component(config, losses[n]) for n in names]
+    used_keys = ["loss_type", *dict.fromkeys(key for n in names for field, key in losses[n].items() if field != "name")]
     note = ""
-    if len(parts) == 1 and parts[0]["name"] == "dpo" and not parts[0].get("label_smoothing"):
-        parts[0], changed, note = _dpo_variant(config, parts[0])
-        used += changed
-    if len(parts) == 1:
-        ours = {f"loss.{k}": v for k, v in parts[0].items()}
+    if len(components) == 1 and components[0]["name"] == "dpo" and not components[0].get("label_smoothing"):
+        components[0], variant_keys, note = _dpo_variant(config, components[0])
+        used_keys += variant_keys
+    if len(components) == 1:
+        ours = {f"loss.{k}": v for k, v in components[0].items()}
     else:
-        ours = {"loss.mix": [{**p, "weight": number(w)} for p, w in zip(parts, weights, strict=True)]}
-        used.append("loss_weights")
+        ours = {"loss.mix": [{**p, "weight": number(w)} for p, w in zip(components, weights, strict=True)]}
+        used_keys.append("loss_weights")
     if names == ["sigmoid_norm"]:
         ours["loss.average_log_prob"] = True
     if config["rpo_alpha"]:
         ours["loss.nll_weight"] = number(config["rpo_alpha"])
-        used.append("rpo_alpha")
-    yield config.line(used, "translated", ours, note)
+        used_keys.append("rpo_alpha")
+    yield config.line(used_keys, "translated", ours, note)
     for key in TABLE["derived"]["dpo_loss"]:
-        if config.sets(key) and key not in used:
+        if config.sets(key) and key not in used_keys:
             yield _unused_loss_key(key, config, names)
 
 
 def _component(config: ToolConfig, loss: Mapping[str, str]) -> dict[str, Any]:
-    read = {ours: key for ours, key in loss.items() if ours != "name" and config[key] is not None}
-    made = {"name": loss["name"], **{ours: number(config[key]) for ours, key in read.items()}}
-    if made["name"] == "exo" and made.get("label_smoothing") == 0:
-        made["label_smoothing"] = 1e-3  # TRL does the same, since a target of 0 would be infinite
-    return made
+    keys = {ours: key for ours, key in loss.items() if ours != "name" and config[key] is not None}
+    component = {"name": loss["name"], **{ours: number(config[key]) for ours, key in keys.items()}}
+    if component["name"] == "exo" and component.get("label_smoothing") == 0:
+        component["label_smoothing"] = 1e-3  # TRL does the same, since a target of 0 would be infinite
+    return component
 
 
-def _dpo_variant(config: ToolConfig, plain: dict[str, Any]) -> tuple[dict[str, Any], list[str], str]:
+def _dpo_variant(config: ToolConfig, base_loss: dict[str, Any]) -> tuple[dict[str, Any], list[str], str]:
     """(loss, keys used, note) for the keys that turn plain DPO into another of our losses."""
-    beta = {"beta": plain["beta"]} if "beta" in plain else {}
-    kind = DIVERGENCES.get(config["f_divergence_type"])
-    if kind == "alpha":
+    beta = {"beta": base_loss["beta"]} if "beta" in base_loss else {}
+    divergence = DIVERGENCES.get(config["f_divergence_type"])
+    if divergence == "alpha":
         alpha = 1 - number(config["f_alpha_divergence_coef"])
-        made = {"name": "f_dpo", **beta, "divergence": kind, "alpha": alpha}
-        return made, ["f_divergence_type", "f_alpha_divergence_coef"], "our alpha is one minus theirs"
-    if kind:
-        return {"name": "f_dpo", **beta, "divergence": kind}, ["f_divergence_type"], ""
+        loss = {"name": "f_dpo", **beta, "divergence": divergence, "alpha": alpha}
+        return loss, ["f_divergence_type", "f_alpha_divergence_coef"], "our alpha is one minus theirs"
+    if divergence:
+        return {"name": "f_dpo", **beta, "divergence": divergence}, ["f_divergence_type"], ""
     if config["use_weighting"]:
         return {"name": "wpo", **beta}, ["use_weighting"], ""
     if config["ld_alpha"] is not None:
         return {"name": "ld_dpo", **beta, "alpha": number(config["ld_alpha"])}, ["ld_alpha"], ""
-    return plain, [], ""
+    return base_loss, [], ""
 
 
 # values without effect; keys not listed here have no effect with any value on a loss that does not read them
@@ -180,16 +180,20 @@ def _unused_loss_key(key: str, config: ToolConfig, names: list[Any]) -> Line:
 
 def grpo_loss(config: ToolConfig) -> Iterator[Line]:
     """GRPO's loss_type, which selects the token averaging or another method, and importance_sampling_level, which may select GSPO."""
-    kind, level, high = str(config["loss_type"]), config["importance_sampling_level"] or "token", config["epsilon_high"]
+    kind, level, epsilon_high = (
+        str(config["loss_type"]),
+        config["importance_sampling_level"] or "token",
+        config["epsilon_high"],
+    )
     keys = ["loss_type", *(["importance_sampling_level"] if config.sets("importance_sampling_level") else [])]
-    found = TABLE["grpo_losses"].get(kind)
-    if found is None or level not in ("token", "sequence") or (kind == "cispo" and level == "sequence"):
+    loss_mean = TABLE["grpo_losses"].get(kind)
+    if loss_mean is None or level not in ("token", "sequence") or (kind == "cispo" and level == "sequence"):
         how = f"there is no {kind} with ratios of each {level}: take algorithm.name dapo, dr_grpo, gspo or cispo"
         yield config.line(keys, "unsupported", {}, how)
     elif kind == "cispo":
         # TRL caps the ratio at epsilon_high, we cap it at 1 + clip_high
-        bound = number(high if high is not None else config["epsilon"]) - 1
-        ours = {"algorithm.name": "cispo", "algorithm.loss_mean": found}
+        bound = number(epsilon_high if epsilon_high is not None else config["epsilon"]) - 1
+        ours = {"algorithm.name": "cispo", "algorithm.loss_mean": loss_mean}
         note = (
             ""
             if bound > 0
@@ -200,10 +204,10 @@ def grpo_loss(config: ToolConfig) -> Iterator[Line]:
         yield config.line([*keys, "epsilon_high"], "unsupported" if note else "translated", ours, note)
         return
     else:
-        name = {"algorithm.name": "gspo"} if level == "sequence" else {}
-        yield config.line(keys, "translated", {**name, "algorithm.loss_mean": found})
-    if high is not None:
-        yield config.line(["epsilon_high"], "translated", {"algorithm.clip_high": number(high)})
+        algorithm = {"algorithm.name": "gspo"} if level == "sequence" else {}
+        yield config.line(keys, "translated", {**algorithm, "algorithm.loss_mean": loss_mean})
+    if epsilon_high is not None:
+        yield config.line(["epsilon_high"], "translated", {"algorithm.clip_high": number(epsilon_high)})
     elif config.sets("epsilon_high"):
         yield config.line(["epsilon_high"], "same", note="not set")
     elif level == "sequence":  # GSPO's own default differs
@@ -225,14 +229,14 @@ def cpo_loss(config: ToolConfig) -> Iterator[Line]:
     keys = ["loss_type", "beta", "cpo_alpha"]
     beta, nll = number(config["beta"]), number(config["cpo_alpha"])
     if config["loss_type"] == "simpo":
-        shape = number(config["alpha"] or 0)
-        name = "alpha_po" if shape else "simpo"
+        alpha = number(config["alpha"] or 0)
+        name = "alpha_po" if alpha else "simpo"
         ours = {"loss.name": name, "loss.beta": beta, "loss.gamma": number(config["simpo_gamma"])}
-        ours |= {"loss.alpha": shape} if shape else {}
+        ours |= {"loss.alpha": alpha} if alpha else {}
         ours |= {"loss.nll_weight": nll} if nll else {}
         note = "their cpo_alpha adds the chosen answers' likelihood to SimPO; set it to 0 for the paper's"
         note = note if nll and not config.sets("cpo_alpha") else ""
-        yield config.line([*keys, "simpo_gamma", *(["alpha"] if shape else [])], "translated", ours, note)
+        yield config.line([*keys, "simpo_gamma", *(["alpha"] if alpha else [])], "translated", ours, note)
     elif config["loss_type"] == "sigmoid":
         ours = {"loss.name": "cpo", "loss.beta": beta, "loss.alpha": nll}
         ours["loss.label_smoothing"] = number(config["label_smoothing"])
@@ -247,19 +251,22 @@ def groups(config: ToolConfig) -> Iterator[Line]:
     """Prompts per step of GRPO and RLOO, whose batch sizes in TRL count completions."""
     keys = TABLE["derived"]["groups"]
     try:
-        group, one = integer(config["num_generations"]), integer(config["per_device_train_batch_size"]) * config.devices
+        group_size, micro_batch_size = (
+            integer(config["num_generations"]),
+            integer(config["per_device_train_batch_size"]) * config.devices,
+        )
         accumulation = integer(config["gradient_accumulation_steps"])
         rounds = integer(config["steps_per_generation"] or accumulation)
-        completions = integer(config["generation_batch_size"] or one * rounds)
-        if completions % group:
-            problem = f"{completions} completions cannot be shared among groups of {group}"
+        completions = integer(config["generation_batch_size"] or micro_batch_size * rounds)
+        if completions % group_size:
+            problem = f"{completions} completions cannot be shared among groups of {group_size}"
             raise Untranslatable(f"{problem}: fix per_device_train_batch_size")
     except Untranslatable as error:
         yield config.line(keys, "unsupported", note=str(error))
         return
-    prompts, steps = completions // group, max(1, completions // (one * accumulation))
-    ours = {"algorithm.samples": group, "train.batch_size": prompts, "algorithm.minibatches": steps}
-    note = f"their batch counts completions: {prompts} prompt(s) of {group} each; {config.devices} device(s)"
+    prompts, steps = completions // group_size, max(1, completions // (micro_batch_size * accumulation))
+    ours = {"algorithm.samples": group_size, "train.batch_size": prompts, "algorithm.minibatches": steps}
+    note = f"their batch counts completions: {prompts} prompt(s) of {group_size} each; {config.devices} device(s)"
     yield config.line(sorted(k for k in keys if config[k] is not None), "translated", ours, note)
 
 
@@ -271,16 +278,16 @@ def rewards(config: ToolConfig) -> Iterator[Line]:
     """Reward models and functions, with their weights."""
     model = config["reward_model_name_or_path"] or config["reward_model_path"]
     key = "reward_model_path" if config.sets("reward_model_path") else "reward_model_name_or_path"
-    named = config["reward_funcs"] or []
-    named = named if isinstance(named, list) else [named]
-    named = [OUR_REWARDS.get(str(n), n) for n in named]
-    left = [n for n in named if n in THEIR_REWARDS or ("." not in str(n) and n not in OUR_REWARDS.values())]
-    functions = [str(n) if n in OUR_REWARDS.values() else _function_path(str(n)) for n in named if n not in left]
+    names = config["reward_funcs"] or []
+    names = names if isinstance(names, list) else [names]
+    names = [OUR_REWARDS.get(str(n), n) for n in names]
+    unsupported = [n for n in names if n in THEIR_REWARDS or ("." not in str(n) and n not in OUR_REWARDS.values())]
+    functions = [str(n) if n in OUR_REWARDS.values() else _function_path(str(n)) for n in names if n not in unsupported]
     terms = [str(model), *functions] if model else functions
     weights = config["reward_weights"] or [1.0] * len(terms)
-    if left:
+    if unsupported:
         note = "not built in here: write it as a Python function and set reward: FILE.py:FUNCTION"
-        yield Line((("reward_funcs", left),), "unsupported", (), note)
+        yield Line((("reward_funcs", unsupported),), "unsupported", (), note)
     if terms and len(weights) == len(terms):
         keys = [k for k in (key, "reward_funcs", "reward_weights") if config[k] is not None]
         note = "called as f(prompts, completions) with lists of text, and answers a list of numbers"
@@ -291,8 +298,8 @@ def rewards(config: ToolConfig) -> Iterator[Line]:
         yield config.line(["reward_weights"], "unsupported", ours, "give each reward its weight")
 
 
-def _function_path(dotted: str) -> str:
-    module, _, function = dotted.rpartition(".")
+def _function_path(import_path: str) -> str:
+    module, _, function = import_path.rpartition(".")
     return f"{module.replace('.', '/')}.py:{function}"
 
 
@@ -301,9 +308,9 @@ def ppo_length(config: ToolConfig) -> Iterator[Line]:
     if config["total_episodes"] is None:
         yield from hf.length(config)
         return
-    parts, one = integer(config["num_mini_batches"]), integer(config["per_device_train_batch_size"])
-    rows = one * integer(config["gradient_accumulation_steps"]) * parts * config.devices
-    steps = math.ceil(integer(config["total_episodes"]) / rows) * integer(config["num_ppo_epochs"]) * parts
+    minibatches, device_rows = integer(config["num_mini_batches"]), integer(config["per_device_train_batch_size"])
+    rows = device_rows * integer(config["gradient_accumulation_steps"]) * minibatches * config.devices
+    steps = math.ceil(integer(config["total_episodes"]) / rows) * integer(config["num_ppo_epochs"]) * minibatches
     note = "episodes / batch x passes x minibatches; epochs only must not end it before"
     ours = {"train.max_steps": steps, "train.epochs": 1000.0}
     yield config.line(["total_episodes", "num_train_epochs"], "translated", ours, note)

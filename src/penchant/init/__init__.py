@@ -56,7 +56,7 @@ class Goal:
 
 
 _TABLE: dict[str, dict[str, Any]] = packaged_yaml(__package__, "goals.yaml")
-GOALS = {name: Goal(name, **held) for name, held in _TABLE.items()}
+GOALS = {name: Goal(name, **fields) for name, fields in _TABLE.items()}
 
 
 def goals_for(kind: str) -> list[Goal]:
@@ -102,9 +102,9 @@ class Start:
         ]
         for name, keys in self.sections.items():
             lines.append(f"{name}:")
-            shown = {key: f"  {key}: {_yaml_scalar(value)}" for key, (value, _) in keys.items()}
-            width = min(46, max(map(len, shown.values())))
-            lines += [f"{shown[key]:<{width}}  # {why}" for key, (_, why) in keys.items()]
+            entries = {key: f"  {key}: {_yaml_scalar(value)}" for key, (value, _) in keys.items()}
+            width = min(46, max(map(len, entries.values())))
+            lines += [f"{entries[key]:<{width}}  # {reason}" for key, (_, reason) in keys.items()]
         lines.append(f"output: {_yaml_scalar(self.output)}  # the run's folder: checkpoints, metrics, report.html")
         return "\n".join(lines) + "\n"
 
@@ -120,8 +120,8 @@ def _yaml_scalar(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}" if value % 1 else f"{value:.1f}"
     # YAML treats a raw U+0085 as a line break
-    plain = value.isprintable() if isinstance(value, str) else not isinstance(value, dict)
-    text = dump_yaml(value, default_flow_style=True, allow_unicode=plain, width=1 << 30).strip()
+    allow_unicode = value.isprintable() if isinstance(value, str) else not isinstance(value, dict)
+    text = dump_yaml(value, default_flow_style=True, allow_unicode=allow_unicode, width=1 << 30).strip()
     return text.removesuffix("...").strip()
 
 
@@ -146,44 +146,44 @@ def propose(
     Raises:
         ConfigError: no such goal or reward, or the data or the model cannot serve it.
     """
-    chosen = check_goal(goal, data, model)
+    selected_goal = check_goal(goal, data, model)
     if reward is not None:
-        if not chosen.online:
+        if not selected_goal.online:
             online = ", ".join(g.name for g in GOALS.values() if g.online)
             raise ConfigError("--reward", f"{goal} uses no reward", f"leave it out, or give a --goal of {online}")
         check_reward(reward)
-    about = "a hub id or a folder; its size is not known yet"
+    model_note = "a hub id or a folder; its size is not known yet"
     if model.parameters is not None:
-        about = f"{model.parameters:,} parameters; a folder or a hub id"
+        model_note = f"{model.parameters:,} parameters; a folder or a hub id"
     sections: dict[str, Lines] = {
-        "model": {"path": (model.path, about)},
-        "data": _data_section(data, model, chosen, held_out),
+        "model": {"path": (model.path, model_note)},
+        "data": _data_section(data, model, selected_goal, held_out),
     }
     if lora or _needs_adapter(model):
         gigabytes = round((model.parameters or 0) * BYTES_PER_PARAMETER / 2**30)
-        why = f", which would need about {gigabytes} GB" if gigabytes else ""
+        note = f", which would need about {gigabytes} GB" if gigabytes else ""
         sections["lora"] = {
-            "r": (16, f"an adapter in place of the whole model{why}; rank"),
+            "r": (16, f"an adapter in place of the whole model{note}; rank"),
             "alpha": (32, "its update is scaled by alpha / r"),
         }
-    sections |= chosen.section
-    if chosen.online:
-        why = "weight of this reward; also words, path.py:function, a reward model's run"
+    sections |= selected_goal.section
+    if selected_goal.online:
+        note = "weight of this reward; also words, path.py:function, a reward model's run"
         if reward is None and data.answers is not None:
-            why = f"1 for an answer that is the column's ({data.answers}), else 0; pip install 'penchant[math]'"
-        sections["reward"] = {reward or ("accuracy" if data.answers is not None else "sentiment"): (1.0, why)}
-    sections["train"] = _train_section(data, model, chosen)
+            note = f"1 for an answer that is the column's ({data.answers}), else 0; pip install 'penchant[math]'"
+        sections["reward"] = {reward or ("accuracy" if data.answers is not None else "sentiment"): (1.0, note)}
+    sections["train"] = _train_section(data, model, selected_goal)
     sections["evaluation"] = {"every": ("epoch", "or a number of optimizer steps; also before the first step")}
-    held = (
+    held_out_rows = (
         held_out.rows - held_out.aside if held_out is not None else sections["data"].get("validation_rows", (0, ""))[0]
     )
     remark = ""
-    if held < MIN_HELD_OUT:
+    if held_out_rows < MIN_HELD_OUT:
         remark = (
-            f"{held or 'no'} rows held out give no verdict: to tell an accuracy of 70% from chance takes {MIN_HELD_OUT} "
+            f"{held_out_rows or 'no'} rows held out give no verdict: to tell an accuracy of 70% from chance takes {MIN_HELD_OUT} "
             f"({2 * MIN_HELD_OUT} rows in all, half of them held out; or a file of their own: --eval-data)"
         )
-    return Start(chosen, data, model, sections, output or f"runs/{chosen.name}", remark)
+    return Start(selected_goal, data, model, sections, output or f"runs/{selected_goal.name}", remark)
 
 
 def check_goal(goal: str, data: DataFacts, model: ModelFacts) -> Goal:
@@ -217,27 +217,27 @@ def _data_section(data: DataFacts, model: ModelFacts, goal: Goal, held_out: Held
         keys["eval_path"] = (held_out.path, f"{counted(held_out.rows, 'row')} outside training")
     if data.columns:
         keys["columns"] = (dict(data.columns), "our field: the file's column")
-    aside = data.aside + (held_out.aside if held_out is not None else 0)
-    if aside:
+    bad_rows = data.aside + (held_out.aside if held_out is not None else 0)
+    if bad_rows:
         reasons = "; ".join(filter(None, (data.reasons, held_out.reasons if held_out is not None else "")))
-        why = f" ({reasons})" if reasons else ""
+        note = f" ({reasons})" if reasons else ""
         keys["on_bad_row"] = (
             "skip",
-            f"{counted(aside, 'bad row')} kept aside and counted{why}; error stops at the first",
+            f"{counted(bad_rows, 'bad row')} kept aside and counted{note}; error stops at the first",
         )
     turns = LAYOUTS[data.layout].options.get("turns") if data.layout in LAYOUTS else None
     if data.several and goal.name == "sft" and turns is not None and "all" in turns.choices:
-        why = f"{counted(data.several, 'row')} with several answers: all of them are learned, not the last alone"
-        keys["layout_options"] = ({"turns": "all"}, why)
+        note = f"{counted(data.several, 'row')} with several answers: all of them are learned, not the last alone"
+        keys["layout_options"] = ({"turns": "all"}, note)
     keys |= _conversion(data, goal)
     rows = data.rows - data.aside
-    held = min(MAX_HELD_OUT, max(1, rows // 10))
-    if held < MIN_HELD_OUT <= rows // 2:
-        held = MIN_HELD_OUT
+    held_out_rows = min(MAX_HELD_OUT, max(1, rows // 10))
+    if held_out_rows < MIN_HELD_OUT <= rows // 2:
+        held_out_rows = MIN_HELD_OUT
     documents = data.kind == "text"  # they have no prompts, so whole documents are held out
     if held_out is None and (data.prompts > 1 or documents) and rows > 3:
-        why = "whole documents" if documents else "held out by prompt: no prompt is on both sides"
-        keys["validation_rows"] = (held, why)
+        note = "whole documents" if documents else "held out by prompt: no prompt is on both sides"
+        keys["validation_rows"] = (held_out_rows, note)
     keys["max_length"] = _max_length(data, model, goal)
     return keys
 
@@ -259,9 +259,9 @@ LABEL_KINDS = GOALS["kto"].kinds
 def _max_length(data: DataFacts, model: ModelFacts, goal: Goal) -> tuple[int, str]:
     lengths = data.prompt if goal.online else data.longest
     rounded = next((n for n in LENGTH_CHOICES if n >= lengths[1]), LENGTH_CHOICES[-1])
-    what = "prompts" if goal.online else "rows"
+    noun = "prompts" if goal.online else "rows"
     available = None if model.context is None else model.context - (64 if goal.online else 0)
-    summary = f"95% of {what} have {lengths[1]:,} or less"
+    summary = f"95% of {noun} have {lengths[1]:,} or less"
     if available is not None and rounded > available:
         return max(8, available), f"tokens; the model's context is {model.context:,}, and {summary}"
     if data.kind == "text":
@@ -274,13 +274,13 @@ def _train_section(data: DataFacts, model: ModelFacts, goal: Goal) -> Lines:
     trees = 1 if data.kind in ("sft", "text", "unpaired", "prompts") else 2
     step_tokens = _max_length(data, model, goal)[0] * trees
     tokens = 4096 if small else max(512, min(4096, 1 << (step_tokens - 1).bit_length()))  # rounded up to a power of two
-    whole, adapter = (f"{auto_lr(goal.default_lr, lora, model.parameters):g}" for lora in (False, True))
-    default_lr_note = "by the encoder's size" if model.encoder else f"{whole} for the whole model"
+    full_lr, adapter_lr = (f"{auto_lr(goal.default_lr, lora, model.parameters):g}" for lora in (False, True))
+    default_lr_note = "by the encoder's size" if model.encoder else f"{full_lr} for the whole model"
     return {
         "epochs": (1, "passes over the data; start with one"),
         "batch_size": (_batch_size(data, goal), "rows per optimizer step"),
         "tokens_per_step": (tokens, "tokens of one forward/backward pass: the unit of memory, no effect on the result"),
-        "lr": ("auto", f"peak learning rate: {default_lr_note}, {adapter} with an adapter (lora)"),
+        "lr": ("auto", f"peak learning rate: {default_lr_note}, {adapter_lr} with an adapter (lora)"),
     }
 
 

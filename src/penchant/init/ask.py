@@ -54,16 +54,16 @@ class Asker:
             PenchantError: raised by `check` on the last attempt. ConfigError: the input ended.
         """
         for attempt in range(MAX_ATTEMPTS):
-            proposed = f" [{printable(default)}]" if default else ""
-            print(f"{question}{proposed}: ", end="", file=self.screen, flush=True)
+            hint = f" [{printable(default)}]" if default else ""
+            print(f"{question}{hint}: ", end="", file=self.screen, flush=True)
             line = self.answers.readline()
             if not line:
                 raise ConfigError("init", "the input ended before the questions", "answer them, or give flags")
-            given = line.strip() or default or ""
+            answer = line.strip() or default or ""
             try:
-                if not given:
+                if not answer:
                     raise ConfigError("init", "nothing was given", "type an answer")
-                return check(given)
+                return check(answer)
             except PenchantError as error:
                 if attempt == MAX_ATTEMPTS - 1:
                     raise
@@ -104,11 +104,13 @@ def collect_answers(
             "penchant init --data FILE --model PATH --goal " + "|".join(GOALS),
         )  # fmt: skip
 
-    def read(path: str) -> DataFacts:
+    def read_data(path: str) -> DataFacts:
         return look_at_data(path, model, columns)
 
     given_model = look_at_model(model) if model is not None else None  # before a long file is read
-    facts = read(data) if data is not None else asker.ask("Data (a file, or a hub id)", only_data_file(), read)
+    facts = (
+        read_data(data) if data is not None else asker.ask("Data (a file, or a hub id)", only_data_file(), read_data)
+    )
     asker.say(f"  {facts.to_text()}")
     held_out = _held_out(asker, facts, eval_data)
     if given_model is not None:
@@ -124,29 +126,29 @@ def collect_answers(
     )
     if goal is not None:
         return Answers(facts, chosen_model, check_goal(goal, facts, chosen_model).name, held_out)
-    able = [g for g in goals_for(facts.kind) if not chosen_model.encoder or g.name == "reward"]
-    if not able:
+    feasible = [g for g in goals_for(facts.kind) if not chosen_model.encoder or g.name == "reward"]
+    if not feasible:
         what = f"no goal fits rows that are {facts.kind} and this model"
         raise ConfigError("init", what, "give other data or another model")
     asker.say("Goals that these rows can serve:")
-    for g in able:
+    for g in feasible:
         asker.say(f"  {g.name:<7} {g.about}")
-    chosen = asker.ask("Goal", able[0].name, lambda name: check_goal(name, facts, chosen_model).name)
-    return Answers(facts, chosen_model, chosen, held_out)
+    goal_name = asker.ask("Goal", feasible[0].name, lambda name: check_goal(name, facts, chosen_model).name)
+    return Answers(facts, chosen_model, goal_name, held_out)
 
 
 def _held_out(asker: Asker, facts: DataFacts, eval_data: str | None) -> HeldOut | None:
     path = validation_beside(facts.path) if eval_data is None else None if eval_data == "none" else eval_data
     if path is None:
         return None
-    found = look_at_held_out(path, facts)
-    why = " (of the same `penchant data get`; --eval-data none: part of the data itself)" if eval_data is None else ""
-    asker.say(f"  held out: {path}, {counted(found.rows, 'row')}{why}")
-    return found
+    held_out = look_at_held_out(path, facts)
+    note = " (of the same `penchant data get`; --eval-data none: part of the data itself)" if eval_data is None else ""
+    asker.say(f"  held out: {path}, {counted(held_out.rows, 'row')}{note}")
+    return held_out
 
 
 def only_data_file() -> str | None:
     """Return the only data file of the current folder, or None if there is not exactly one."""
     files = [p for p in Path().iterdir() if p.is_file() and p.suffix in READABLE]
-    found = sorted(p.name for p in files if not p.name.startswith("."))
-    return found[0] if len(found) == 1 else None
+    names = sorted(p.name for p in files if not p.name.startswith("."))
+    return names[0] if len(names) == 1 else None

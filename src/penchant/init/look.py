@@ -63,10 +63,10 @@ class DataFacts:
         return self.layout if self.layout == self.kind else f"{self.layout}: {self.kind}"
 
     def to_text(self) -> str:
-        aside = f", {self.aside:,} of them bad rows, kept aside and counted ({self.reasons})" if self.aside else ""
+        bad_rows = f", {self.aside:,} of them bad rows, kept aside and counted ({self.reasons})" if self.aside else ""
         unused = f"; columns that are not used: {self.unused}" if self.unused else ""
         return (
-            f"{counted(self.rows, 'row')}, {self.to_kind()}{aside}; prompt and answer: half have {self.longest[0]:,} or less, "
+            f"{counted(self.rows, 'row')}, {self.to_kind()}{bad_rows}; prompt and answer: half have {self.longest[0]:,} or less, "
             f"95% {self.longest[1]:,}, longest {self.longest[3]:,} {self.unit}{unused}"
         )
 
@@ -140,9 +140,9 @@ def look_at_data(path: str, model: str | None, columns: Mapping[str, str] | None
 
 def answer_column(path: str, columns: Mapping[str, str] | None = None) -> str | None:
     """Return the column that the accuracy reward compares with, ``answer`` or ``solution``, if the first rows have one, else None."""
-    first = [r.values.keys() for r in itertools.islice(read_rows([path]), 100) if isinstance(r, Row)]
+    key_sets = [r.values.keys() for r in itertools.islice(read_rows([path]), 100) if isinstance(r, Row)]
     for name in ("answer", "solution"):
-        if first and (name in (columns or {}) or all(name in keys for keys in first)):
+        if key_sets and (name in (columns or {}) or all(name in keys for keys in key_sets)):
             return name
     return None
 
@@ -155,10 +155,12 @@ def look_at_held_out(path: str, data: DataFacts) -> HeldOut:
     """
     if {f and f.resolve() for _, f in named_files(path)} & {f and f.resolve() for _, f in named_files(data.path)}:
         raise ConfigError("--eval-data", f"{path} is the training data", "give another file, or leave it out")
-    found = load_preferences(path, columns=data.columns, on_bad_row="skip", identical="bad_row")
-    if found.kind != data.kind:
-        raise ConfigError("--eval-data", f"{path} holds {found.kind}, {data.path} {data.kind}", "give rows of one kind")
-    return HeldOut(path, found.total, len(found.quarantined), reasons_of(found))
+    dataset = load_preferences(path, columns=data.columns, on_bad_row="skip", identical="bad_row")
+    if dataset.kind != data.kind:
+        raise ConfigError(
+            "--eval-data", f"{path} holds {dataset.kind}, {data.path} {data.kind}", "give rows of one kind"
+        )
+    return HeldOut(path, dataset.total, len(dataset.quarantined), reasons_of(dataset))
 
 
 def validation_beside(path: str) -> str | None:
@@ -171,8 +173,8 @@ def validation_beside(path: str) -> str | None:
 
 
 def _quantiles(lengths: Sequence[int]) -> tuple[int, ...]:
-    found = np.quantile(lengths or [1], (0.5, 0.95, 0.99, 1.0), method="inverted_cdf")
-    return tuple(int(q) for q in found)
+    values = np.quantile(lengths or [1], (0.5, 0.95, 0.99, 1.0), method="inverted_cdf")
+    return tuple(int(q) for q in values)
 
 
 def _lengths(dataset: Dataset, model: str | None) -> tuple[list[int], list[int], str]:

@@ -49,9 +49,9 @@ def load_judge(options: JudgeOptions) -> PairJudge:
         ConfigError: no such judge, or options that do not apply to it.
     """
     if not options.spec.startswith(("http://", "https://")):
-        given = [flag for name, flag in ENDPOINT_FLAGS.items() if getattr(options, name) is not None]
-        if given:
-            raise ConfigError(given[0], f"is for endpoints, and {options.spec} is not one", "leave it out")
+        flags = [flag for name, flag in ENDPOINT_FLAGS.items() if getattr(options, name) is not None]
+        if flags:
+            raise ConfigError(flags[0], f"is for endpoints, and {options.spec} is not one", "leave it out")
         return load_function_judge(options.spec)
     if not options.model:
         raise ConfigError("--judge-model", "is missing", "name the model as the endpoint calls it")
@@ -67,16 +67,16 @@ def load_judge(options: JudgeOptions) -> PairJudge:
     )
 
 
-def _parse_parameters(given: Mapping[str, Any] | str | None) -> dict[str, Any]:
-    if given is None:
+def _parse_parameters(raw: Mapping[str, Any] | str | None) -> dict[str, Any]:
+    if raw is None:
         return dict(PARAMETERS)
     try:
-        found = json.loads(given) if isinstance(given, str) else json.loads(json.dumps(dict(given)))
+        parameters = json.loads(raw) if isinstance(raw, str) else json.loads(json.dumps(dict(raw)))
     except (ValueError, TypeError) as error:
         raise ConfigError("--judge-parameters", f"is not JSON ({error})", """write '{"temperature": 0}'""") from error
-    if not isinstance(found, dict):
+    if not isinstance(parameters, dict):
         raise ConfigError("--judge-parameters", "is not a mapping", """write '{"temperature": 0}'""")
-    fixed = sorted({"model", "messages", "stream", "n"} & set(found))
-    if fixed:
-        raise ConfigError("--judge-parameters", f"sets {fixed[0]}, which cannot be set", "leave it out")
-    return found
+    reserved = sorted({"model", "messages", "stream", "n"} & set(parameters))
+    if reserved:
+        raise ConfigError("--judge-parameters", f"sets {reserved[0]}, which cannot be set", "leave it out")
+    return parameters

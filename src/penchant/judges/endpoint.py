@@ -238,8 +238,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _parse_json(data: bytes | bytearray, largest: int = MAX_REPLY_BYTES) -> Any:
-    if len(data) > largest:
+def _parse_json(data: bytes | bytearray, max_bytes: int = MAX_REPLY_BYTES) -> Any:
+    if len(data) > max_bytes:
         return None
     try:
         return json.loads(data)
@@ -307,8 +307,8 @@ class EndpointJudge:
         Raises:
             RewardError: the endpoint cannot be reached or refuses. CheckpointError: the cache cannot be written.
         """
-        quick = replace(self, connection=replace(self.connection, attempts=min(2, self.connection.attempts)))
-        unread = quick._ask([PROBE], None, give_up=1).unread
+        probe_judge = replace(self, connection=replace(self.connection, attempts=min(2, self.connection.attempts)))
+        unread = probe_judge._ask([PROBE], None, give_up=1).unread
         return f"The judge's reply to a trial question cannot be read: '{unread[0]}'." if unread else None
 
     def ask(self, questions: Sequence[Question], progress: Progress | None = None) -> Answers:

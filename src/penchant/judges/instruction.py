@@ -80,5 +80,7 @@ def parse_verdict(reply: str) -> float | None:
     lines = visible_lines(reply)
     if not lines:
         return None
-    found = {m.group(1).lower().removeprefix("a ") for x in (lines[0], lines[-1]) if (m := _VERDICT_LINE.fullmatch(x))}
-    return WORDS[found.pop()] if len(found) == 1 else None
+    verdicts = {
+        m.group(1).lower().removeprefix("a ") for x in (lines[0], lines[-1]) if (m := _VERDICT_LINE.fullmatch(x))
+    }
+    return WORDS[verdicts.pop()] if len(verdicts) == 1 else None

@@ -119,14 +119,14 @@ def ask_both_orders(judge: PairJudge, pairs: Sequence[Question], progress: Progr
     Papers: arXiv 2306.05685, 2305.17926.
     """
     identical = np.array([p.first == p.second for p in pairs], dtype=bool)
-    both = [(p, p.swapped) for p in pairs]
-    questions = list(dict.fromkeys(q for pair, same in zip(both, identical, strict=True) if not same for q in pair))
+    orders = [(p, p.swapped) for p in pairs]
+    questions = list(dict.fromkeys(q for pair, same in zip(orders, identical, strict=True) if not same for q in pair))
     answers = judge.ask(questions, progress)
     index = {q: i for i, q in enumerate(questions)}
     values = np.full((len(pairs), 2), np.nan)
     graded = np.zeros((len(pairs), 2), dtype=bool)
     for i in np.flatnonzero(~identical).tolist():
-        rows = [index[q] for q in both[i]]
+        rows = [index[q] for q in orders[i]]
         values[i], graded[i] = answers.values[rows], answers.graded[rows]
     preferred = np.stack([values[:, 0], 1.0 - values[:, 1]], axis=1)  # preference for a
     agreed = (np.sign(preferred[:, 0] - TIE) == np.sign(preferred[:, 1] - TIE)) & ~np.isnan(preferred).any(1)
@@ -177,9 +177,9 @@ class FunctionJudge:
         """The function's name and the SHA-256 of its code."""
         return {"kind": "function", "function": self.name, "sha256": own_sha256(self.name)}
 
-    def _judge_one(self, at: int, q: Question) -> Any:
+    def _judge_one(self, pair_index: int, q: Question) -> Any:
         return self._call(
-            (q.prompt, q.first, q.second), f" (pair {at}: {_quote_answers(q)})", "a prompt and two answers"
+            (q.prompt, q.first, q.second), f" (pair {pair_index}: {_quote_answers(q)})", "a prompt and two answers"
         )
 
     def _judge_batch(self, questions: Sequence[Question]) -> list[Any]:
@@ -196,20 +196,20 @@ class FunctionJudge:
             raise RewardError(f"judge {self.name}", what, "return one for each pair, in order")
         return list(verdicts)
 
-    def _call(self, arguments: tuple[Any, ...], where: str, gets: str) -> Any:
+    def _call(self, arguments: tuple[Any, ...], where: str, parameters: str) -> Any:
         try:
             return self.function(*arguments)
         except Exception as error:
             what = f"{type(error).__name__}: {shown(str(error))}{where}"
-            raise RewardError(f"judge {self.name}", what, f"fix the function; it gets {gets}") from error
+            raise RewardError(f"judge {self.name}", what, f"fix the function; it gets {parameters}") from error
 
-    def _parse_verdict(self, at: int, verdict: Any, q: Question) -> float:
+    def _parse_verdict(self, pair_index: int, verdict: Any, q: Question) -> float:
         if isinstance(verdict, str) and verdict.strip().lower() in WORDS:
             return WORDS[verdict.strip().lower()]
         if isinstance(verdict, (numbers.Real, np.bool_)) and 0.0 <= float(verdict) <= 1.0:
             return float(verdict)
         raise RewardError(
-            f"judge {self.name}", f"returned {str(verdict)[:60]!r} for pair {at} ({_quote_answers(q)})", RETURN
+            f"judge {self.name}", f"returned {str(verdict)[:60]!r} for pair {pair_index} ({_quote_answers(q)})", RETURN
         )
 
 

@@ -73,8 +73,8 @@ def padded_layout(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         column = np.arange(lengths.max())
         real = column < lengths[:, None]
         index = np.where(real, np.array([s.start for s in batch.segments])[:, None] + column, 0)
-        made = (index, real.astype(np.int64), np.flatnonzero(real))
-        batch.cache[key] = tuple(moved(torch.from_numpy(x), batch.input_ids.device) for x in made)
+        arrays = (index, real.astype(np.int64), np.flatnonzero(real))
+        batch.cache[key] = tuple(moved(torch.from_numpy(x), batch.input_ids.device) for x in arrays)
     return cast(tuple[Tensor, Tensor, Tensor], batch.cache[key])
 
 
@@ -203,20 +203,20 @@ class Scorer:
 
     def _padded_hidden(self, backbone: nn.Module, batch: PackedBatch) -> Tensor:
         """Hidden states from one padded row per segment, e.g. for models whose layers carry state along a row."""
-        index, mask, back = padded_layout(batch)
+        index, mask, packed_index = padded_layout(batch)
         ids = batch.input_ids[index] * mask
-        more: dict[str, Any] = without_cache(backbone)
+        options: dict[str, Any] = without_cache(backbone)
         if not self.own_attention and "position_ids" in signature(backbone.forward).parameters:
-            more["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        out = backbone(input_ids=ids, attention_mask=mask, **more, **self._listening())
-        hidden = out.last_hidden_state.flatten(0, 1).index_select(0, back)
-        return self._with_router(hidden, tuple(layer.index_select(0, back) for layer in routed(out)), batch)
+            options["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        out = backbone(input_ids=ids, attention_mask=mask, **options, **self._listening())
+        hidden = out.last_hidden_state.flatten(0, 1).index_select(0, packed_index)
+        return self._with_router(hidden, tuple(layer.index_select(0, packed_index) for layer in routed(out)), batch)
 
     def predicting(self, batch: PackedBatch) -> Tensor:
         """The hidden states (R, d) that predict the completion tokens."""
         if self._fast is not None:
-            found: Tensor = self._fast.predicting(batch)
-            return found
+            hidden: Tensor = self._fast.predicting(batch)
+            return hidden
         return self.hidden(batch).index_select(0, batch.predict_index)
 
     def logps(
@@ -248,8 +248,8 @@ class Scorer:
 
     def values(self, batch: PackedBatch, head: nn.Module) -> Tensor:
         """Output of `head` on the hidden states that predict the completion tokens, (R,)."""
-        found: Tensor = head(self.predicting(batch))
-        return found
+        values: Tensor = head(self.predicting(batch))
+        return values
 
     def valued(self, batch: PackedBatch, head: nn.Module, *, entropy: bool = False) -> tuple[CompletionLogps, Tensor]:
         """Log-probs and `values` from one forward pass."""
@@ -281,9 +281,9 @@ class Scorer:
         def uniform(part: slice) -> Tensor:
             return torch.zeros(len(batch.target_ids[part]), vocabulary, dtype=wide, device=hidden.device)
 
-        found = self._divergence(batch, hidden, uniform, DivergenceKind("kl", "policy_ref"))
-        assert found.divergence is not None
-        return CompletionLogps(found.sums, found.tokens, entropy=math.log(vocabulary) - found.divergence)
+        logps = self._divergence(batch, hidden, uniform, DivergenceKind("kl", "policy_ref"))
+        assert logps.divergence is not None
+        return CompletionLogps(logps.sums, logps.tokens, entropy=math.log(vocabulary) - logps.divergence)
 
     def _divergence(
         self, batch: PackedBatch, hidden: Tensor, ref_logits: RowLogits, kind: DivergenceKind
@@ -344,8 +344,8 @@ class _Given:
     def __getattr__(self, name: str) -> None:
         return None
 
-    def __getitem__(self, at: Any) -> Any:
-        return self.last_hidden_state if at == "last_hidden_state" else (self.last_hidden_state,)[at]
+    def __getitem__(self, item: Any) -> Any:
+        return self.last_hidden_state if item == "last_hidden_state" else (self.last_hidden_state,)[item]
 
 
 class Elsewhere:
@@ -365,19 +365,19 @@ class Elsewhere:
         setattr(self._scorer, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._scorer, name)
-        return partial(self._through, found) if name in RUNS else found
+        attribute = getattr(self._scorer, name)
+        return partial(self._run_on_device, attribute) if name in RUNS else attribute
 
-    def _through(self, run: Any, batch: PackedBatch, *args: Any, **kwargs: Any) -> Any:
+    def _run_on_device(self, run: Any, batch: PackedBatch, *args: Any, **kwargs: Any) -> Any:
         key = f"on {self._device}"
         if key not in batch.cache:
             batch.cache[key] = batch.to(self._device)
-        return self._back(run(batch.cache[key], *args, **kwargs), batch.input_ids.device)
+        return self._to_device(run(batch.cache[key], *args, **kwargs), batch.input_ids.device)
 
-    def _back(self, found: Any, device: torch.device) -> Any:
-        if not isinstance(found, (Tensor, tuple)):  # from `row_logits`
-            return lambda part: moved(found(part), device)
-        if isinstance(found, tuple):
-            named: Any = type(found)
-            return named(*(None if f is None else self._back(f, device) for f in found))
-        return moved(found, device)
+    def _to_device(self, result: Any, device: torch.device) -> Any:
+        if not isinstance(result, (Tensor, tuple)):  # from `row_logits`
+            return lambda part: moved(result(part), device)
+        if isinstance(result, tuple):
+            tuple_class: Any = type(result)
+            return tuple_class(*(None if f is None else self._to_device(f, device) for f in result))
+        return moved(result, device)

@@ -125,22 +125,22 @@ class _WeightGrad:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self._main = weight, getattr(weight, "main_grad", None)
-        self._wide = torch.promote_types(weight.dtype, torch.float32)
-        self._own: Tensor | None = None  # for autograd
+        self._weight, self._main_grad = weight, getattr(weight, "main_grad", None)
+        self._dtype = torch.promote_types(weight.dtype, torch.float32)
+        self._accumulated: Tensor | None = None  # for autograd
         self._key = (id(weight), "chunks")
 
     def _total(self, turns: Turns | None) -> Tensor:
-        if self._main is not None:
-            return self._main
+        if self._main_grad is not None:
+            return self._main_grad
         weight = self._weight
-        if turns is not None and weight.dtype == self._wide:
+        if turns is not None and weight.dtype == self._dtype:
             if weight.grad is None:
                 weight.grad = torch.zeros_like(weight)
             return weight.grad
-        if self._own is None:
-            self._own = torch.zeros_like(weight, dtype=self._wide)
-        return self._own
+        if self._accumulated is None:
+            self._accumulated = torch.zeros_like(weight, dtype=self._dtype)
+        return self._accumulated
 
     def add(self, d: Tensor, hidden: Tensor) -> None:
         """Add one chunk: d (rows, V), hidden (rows, d)."""
@@ -160,7 +160,7 @@ class _WeightGrad:
     def grad(self) -> Tensor | None:
         """Return the gradient for autograd, or None if it is already stored."""
         with turn(self._key):
-            return None if self._own is None else self._own.to(self._weight.dtype)
+            return None if self._accumulated is None else self._accumulated.to(self._weight.dtype)
 
 
 def token_logps(
@@ -202,13 +202,13 @@ def module_token_logps(
 ) -> tuple[Tensor, Tensor]:
     """`token_logps` for a head that is not a plain Linear (e.g. has an adapter), with one checkpoint per chunk."""
 
-    def of_chunk(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def chunk_logps(h: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         logps = torch.log_softmax(scaled(head(h), scale, softcap), -1)
         collision = torch.logsumexp(2 * logps.detach(), -1) if alignment else logps.new_empty(0)
         return logps.gather(1, t[:, None]).squeeze(1), collision
 
     parts = [
-        checkpoint(of_chunk, h, t, use_reentrant=False)
+        checkpoint(chunk_logps, h, t, use_reentrant=False)
         for h, t in zip(hidden.split(256), targets.split(256), strict=True)
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
@@ -253,18 +253,18 @@ class _ChunkedDivergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, value = ctx.saved_tensors
-        of_logps, _, of_divergence = grads
+        grad_logps, _, grad_divergence = grads
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_bias = torch.zeros_like(bias) if need_bias else None
         total = _WeightGrad(weight) if need_weight else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            g = of_logps[rows, None]
+            g = grad_logps[rows, None]
             logits = head_logits(hidden[rows], weight, bias, ctx.scale, ctx.softcap)
             lp = log_probs(logits)
             d = grad_of(lp, log_probs(ctx.ref_logits(rows)), value[rows], ctx.kind)
-            d = d.mul_(of_divergence[rows, None]).sub_(lp.exp_().mul_(g))
+            d = d.mul_(grad_divergence[rows, None]).sub_(lp.exp_().mul_(g))
             d.scatter_add_(1, targets[rows, None], g.to(d.dtype))
             d = _before_scaling(d, logits, ctx.scale, ctx.softcap).to(hidden.dtype)
             if grad_hidden is not None:
@@ -312,13 +312,15 @@ def module_divergence_logps(
 ) -> HeadDivergence:
     """`divergence_logps` for a head that is not a plain Linear, with one checkpoint per chunk."""
 
-    def of_chunk(h: Tensor, t: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        logits, other = scaled(head(h), scale, softcap), ref_logits(rows)
-        picked = [torch.log_softmax(x, -1).gather(1, t[:, None]).squeeze(1) for x in (logits, other)]
-        return picked[0], picked[1], divergence(logits, other, kind)
+    def chunk_divergence(h: Tensor, t: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        logits, ref = scaled(head(h), scale, softcap), ref_logits(rows)
+        logps = [torch.log_softmax(x, -1).gather(1, t[:, None]).squeeze(1) for x in (logits, ref)]
+        return logps[0], logps[1], divergence(logits, ref, kind)
 
     parts = [
-        checkpoint(of_chunk, hidden[i : i + chunk], targets[i : i + chunk], slice(i, i + chunk), use_reentrant=False)
+        checkpoint(
+            chunk_divergence, hidden[i : i + chunk], targets[i : i + chunk], slice(i, i + chunk), use_reentrant=False
+        )
         for i in range(0, hidden.shape[0], chunk)
     ]
     return HeadDivergence(*(torch.cat([p[i] for p in parts]) for i in range(3)))

@@ -52,59 +52,61 @@ def choose_packing(
             attention, compilation or 16-bit dtype does not work.
         ModelError: no packing that may be used reproduces the model's own `forward`.
     """
-    kind, why = choose_attention(model, attention, runs_as)
-    by_config, reason = packing_by_config(model)
+    kind, attention_reason = choose_attention(model, attention, runs_as)
+    config_packing, reason = packing_by_config(model)
     candidates: list[Packing] = ["shared", "separate", "padded"]
     if requested != "auto":
         candidates = [requested]  # type: ignore[list-item]
-    elif by_config == "padded":
+    elif config_packing == "padded":
         candidates = ["padded"]
     attentions = [kind] if attention != "auto" or kind == "groups" else [kind, "groups"]
-    found, wrong = _first_right(model, candidates, "off" if kernels == "compile" else kernels, attentions)
-    if found is None and requested in ("shared", "separate"):
-        what = f"{requested} packing gives wrong log-probs on this model ({wrong})"
+    way, failure = _first_right(model, candidates, "off" if kernels == "compile" else kernels, attentions)
+    if way is None and requested in ("shared", "separate"):
+        what = f"{requested} packing gives wrong log-probs on this model ({failure})"
         raise ConfigError("train.packing", what, "set train.packing=auto or padded")
-    if found is None:
+    if way is None:
         raise ModelError(
             str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__),
-            f"its log-probs cannot be computed as its own forward does: {wrong}",
+            f"its log-probs cannot be computed as its own forward does: {failure}",
             "train a model of another architecture (docs/models.md)",
         )
-    if attention in ("varlen", "flex") and found.packing == "padded":
-        what = f"{attention} needs packed rows, but this model uses padded rows ({wrong or reason})"
+    if attention in ("varlen", "flex") and way.packing == "padded":
+        what = f"{attention} needs packed rows, but this model uses padded rows ({failure or reason})"
         raise ConfigError("model.attention", what, "set model.attention=auto")
-    scorer = _compiled(model, found) if kernels == "compile" else Scorer(model, kernels=kernels, **found._asdict())
+    scorer = _compiled(model, way) if kernels == "compile" else Scorer(model, kernels=kernels, **way._asdict())
     if scorer.fast and not _fast_is_right(scorer):
         scorer = replace(scorer, kernels="off", _fast=None)
     if not scorer.fast:
         check_precision(model)
-    if found.packing == "shared":
+    if way.packing == "shared":
         reason = "each prompt is computed once for all its completions"
-    elif by_config != "padded":
+    elif config_packing != "padded":
         reason = "the model's attention does not take the tree mask" if requested == "auto" else "as asked"
-    more = "; fast kernels for this model" if scorer.fast else "; compiled layers" if scorer.compiled else ""
-    more += "; with the model's own head" if scorer.own_head else ""
-    said = f"; attention: {scorer.attention}" + (f" ({why})" if why else "")
-    return scorer, f"packing: {scorer.packing} ({reason}{more})" + (said if why or scorer.attention != "groups" else "")
+    notes = "; fast kernels for this model" if scorer.fast else "; compiled layers" if scorer.compiled else ""
+    notes += "; with the model's own head" if scorer.own_head else ""
+    attention_note = f"; attention: {scorer.attention}" + (f" ({attention_reason})" if attention_reason else "")
+    return scorer, f"packing: {scorer.packing} ({reason}{notes})" + (
+        attention_note if attention_reason or scorer.attention != "groups" else ""
+    )
 
 
-def _compiled(model: Any, found: _Way) -> Scorer:
+def _compiled(model: Any, way: _Way) -> Scorer:
     """Return a scorer with compiled layers, after checking their log-probs and gradients. Raises ConfigError if they differ."""
-    if found.packing == "padded":
+    if way.packing == "padded":
         what, how = "needs packed rows, but this model uses padded rows", "set model.kernels=auto"
         raise ConfigError("model.kernels", f"compile {what}", how)
-    plain = _probe_outputs(Scorer(model, **found._asdict()))
+    expected = _probe_outputs(Scorer(model, **way._asdict()))
     try:
-        scorer = Scorer(model, kernels="compile", **found._asdict())
+        scorer = Scorer(model, kernels="compile", **way._asdict())
         compiled = _probe_outputs(scorer)
     except Exception as error:  # the compiler is missing or failed in any way
         what = f"compile does not run here ({first_line(getattr(error, 'inner_exception', error))})"
         raise ConfigError("model.kernels", what, "set model.kernels=auto") from error
     allowed = 5e-2 if any(p.dtype in HALF for p in model.parameters()) else MOST
-    for name, of_plain in plain.items():
-        away = _away(compiled[name], of_plain)
-        if not away <= allowed:
-            what = f"compile changes this model's {name} by {away:.2g}"
+    for name, value in expected.items():
+        difference = _away(compiled[name], value)
+        if not difference <= allowed:
+            what = f"compile changes this model's {name} by {difference:.2g}"
             raise ConfigError("model.kernels", what, "set model.kernels=auto")
     return scorer
 
@@ -114,16 +116,17 @@ def _probe_outputs(scorer: Scorer) -> dict[str, torch.Tensor]:
     model, tree = scorer.model, _probe_tree(scorer.model)
     headless = base_model_of(model).get_output_embeddings() is None
     with quiet(model):
-        found = {"log-probs": _probe(scorer, tree, headless)}
-    of_layers = ([p for p in layer.parameters() if p.requires_grad] for layer in layers_of(backbone_of(model)))
-    trained = next(filter(None, of_layers), [])
-    drawn = any(isinstance(m, nn.Dropout) and m.p for m in model.modules())  # compiled dropout draws other numbers
+        outputs = {"log-probs": _probe(scorer, tree, headless)}
+    layer_parameters = ([p for p in layer.parameters() if p.requires_grad] for layer in layers_of(backbone_of(model)))
+    trained = next(filter(None, layer_parameters), [])
+    # compiled dropout draws other numbers
+    has_dropout = any(isinstance(m, nn.Dropout) and m.p for m in model.modules())
     if trained:
-        with quiet(model, training=not drawn), torch.enable_grad():
+        with quiet(model, training=not has_dropout), torch.enable_grad():
             total = _probe(scorer, tree, headless).sum()
             grads = torch.autograd.grad(total, trained, allow_unused=True, materialize_grads=True)
-        found["gradients"] = torch.cat([g.flatten() for g in grads])[None].double()
-    return found
+        outputs["gradients"] = torch.cat([g.flatten() for g in grads])[None].double()
+    return outputs
 
 
 def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
@@ -134,18 +137,16 @@ def choose_pictured(model: Any, processor: Any) -> tuple[Scorer, str]:
     """
     from penchant.logprobs.pictures import PicturedScorer
 
-    tree, away = _probe_tree(model), 0.0
+    tree, difference = _probe_tree(model), 0.0
     with widened(model), quiet(model):
-        own, allowed = _own(model, tree, False)
+        expected, allowed = _own(model, tree, False)
         for own_head in (False, True):
             scorer = PicturedScorer(model, "padded", own_attention=True, own_head=own_head, processor=processor)
-            away = _away(_probe(scorer, tree, False), own)
-            if away <= allowed:
+            difference = _away(_probe(scorer, tree, False), expected)
+            if difference <= allowed:
                 return scorer, "packing: padded (pictures: each answer is a row of its own behind its prompt)"
     name = str(base_model_of(model).config._name_or_path or type(base_model_of(model)).__name__)
-    what = (
-        f"its log-probs cannot be computed as its own forward does: they differ by {away:.2g} (allowed: {allowed:.2g})"
-    )
+    what = f"its log-probs cannot be computed as its own forward does: they differ by {difference:.2g} (allowed: {allowed:.2g})"
     raise ModelError(name, what, "train a model of another architecture (docs/vision.md)")
 
 
@@ -164,21 +165,21 @@ def _first_right(
     """Return the first way that reproduces the model's own outputs, or None, and how the last failed way differs."""
     base, tree = base_model_of(model), _probe_tree(model)
     headless = base.get_output_embeddings() is None
-    wrong = ""
+    failure = ""
     with widened(model), _short_windows(model), quiet(model):
         restore_attention(base)
-        own, allowed = _own(model, tree, headless)
+        expected, allowed = _own(model, tree, headless)
         for way in _ways(candidates, attentions, headless):
             try:
-                away = _away(_probe(Scorer(model, kernels=kernels, **way._asdict()), tree, headless), own)
+                difference = _away(_probe(Scorer(model, kernels=kernels, **way._asdict()), tree, headless), expected)
             except Exception as error:  # an unknown model may raise anything when run in a new way
-                wrong = first_line(error)
+                failure = first_line(error)
                 continue
-            if away <= allowed:
-                return way, wrong
-            wrong = f"{way.packing} rows differ by {away:.2g} (allowed: {allowed:.2g})"
+            if difference <= allowed:
+                return way, failure
+            failure = f"{way.packing} rows differ by {difference:.2g} (allowed: {allowed:.2g})"
         restore_attention(base)
-    return None, wrong
+    return None, failure
 
 
 def _ways(candidates: Sequence[Packing], attentions: Sequence[str], headless: bool) -> Iterator[_Way]:
@@ -199,8 +200,8 @@ def _own(model: Any, tree: TokenTree, headless: bool) -> tuple[torch.Tensor, flo
     for completion in tree.completion_ids:
         ids = torch.tensor([*tree.prompt_ids.tolist(), *completion.tolist()], device=device)
         values = own_outputs(model, ids, headless)
-        first = own_outputs(model, ids[: len(tree.prompt_ids)], headless)
-        noise = max(noise, _away(first, values[: len(first)]))
+        prefix = own_outputs(model, ids[: len(tree.prompt_ids)], headless)
+        noise = max(noise, _away(prefix, values[: len(prefix)]))
         predicting = values[len(tree.prompt_ids) - 1 : -1]
         if not headless:
             predicting = torch.log_softmax(predicting, -1).gather(1, ids[len(tree.prompt_ids) :, None]).squeeze(1)
@@ -229,11 +230,11 @@ def _probe_tree(model: Any) -> TokenTree:
     return TokenTree(0, prompt, tuple(completions), (False,) * len(completions))
 
 
-def _away(found: torch.Tensor, own: torch.Tensor) -> float:
+def _away(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """The largest difference: of numbers relative to 1 + their absolute value, of vectors relative to their norm."""
-    if own.ndim == 1:
-        return float(((found - own).abs() / (1 + own.abs())).max())
-    return float(((found - own).norm(dim=1) / own.norm(dim=1)).max())
+    if expected.ndim == 1:
+        return float(((actual - expected).abs() / (1 + expected.abs())).max())
+    return float(((actual - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
 def _fast_is_right(scorer: Scorer) -> bool:
@@ -276,32 +277,38 @@ def choose_attention(model: Any, requested: str, runs_as: RunsAs | None = None) 
     Raises:
         ConfigError: the requested attention is impossible on this model and device, or its results differ.
     """
-    here = next(model.parameters()).device
-    device, dtype = (here, None) if runs_as is None else runs_as
+    current_device = next(model.parameters()).device
+    device, dtype = (current_device, None) if runs_as is None else runs_as
     if requested == "groups" or (requested == "auto" and device.type != "cuda"):
         return "groups", ""
     calls = attention_calls(model)
     if dtype is not None:
         calls = {call._replace(dtype=dtype) for call in calls}
-    kinds, why = select_attention(requested, calls, device.type, _triton())
+    kinds, reason = select_attention(requested, calls, device.type, _triton())
     half = any(p.dtype in HALF for p in model.parameters()) if dtype is None else dtype in HALF
     allowed = 5e-2 if half else MOST
-    wrong = ""
+    failure = ""
     for kind in kinds:
         if kind == "groups":
-            return kind, wrong or why
+            return kind, failure or reason
         try:
-            found = {"log-probs": _away_from_groups(model, kind)} if device == here else {}
-            if any(p.requires_grad for p in model.parameters()) or not found:
-                found["gradients"] = max((_gradients_away(model, kind, c, device) for c in calls), default=0.0)
+            differences = {"log-probs": _away_from_groups(model, kind)} if device == current_device else {}
+            if any(p.requires_grad for p in model.parameters()) or not differences:
+                differences["gradients"] = max((_gradients_away(model, kind, c, device) for c in calls), default=0.0)
         except Exception as error:  # a kernel that this GPU or installation lacks
-            wrong = f"{kind}: {first_line(error)}"
+            failure = f"{kind}: {first_line(error)}"
             continue
-        differ = [f"its {name} differ by {away:.2g}" for name, away in found.items() if not away <= allowed]
-        if not differ:
-            return kind, wrong or why
-        wrong = f"{kind}: {differ[0]}"
-    raise ConfigError("model.attention", f"{requested} cannot run here ({wrong or why})", "set model.attention=auto")
+        too_large = [
+            f"its {name} differ by {difference:.2g}"
+            for name, difference in differences.items()
+            if not difference <= allowed
+        ]
+        if not too_large:
+            return kind, failure or reason
+        failure = f"{kind}: {too_large[0]}"
+    raise ConfigError(
+        "model.attention", f"{requested} cannot run here ({failure or reason})", "set model.attention=auto"
+    )
 
 
 def attention_calls(model: Any) -> set[Call]:
@@ -320,26 +327,26 @@ def attention_calls(model: Any) -> set[Call]:
 def _away_from_groups(model: Any, kind: str) -> float:
     tree, headless = _probe_tree(model), base_model_of(model).get_output_embeddings() is None
     with quiet(model):
-        found, groups = (_probe(Scorer(model, "shared", attention=a), tree, headless) for a in (kind, "groups"))
-    return _away(found, groups)
+        values, expected = (_probe(Scorer(model, "shared", attention=a), tree, headless) for a in (kind, "groups"))
+    return _away(values, expected)
 
 
 def _gradients_away(model: Any, kind: str, call: Call, device: torch.device) -> float:
     """Relative difference of one layer's attention gradients, for random inputs, from those of ``groups`` in fp32 or better."""
     batch = pack([_probe_tree(model)]).to(device)
-    numbers, wide = torch.Generator().manual_seed(0), torch.promote_types(call.dtype, torch.float32)
+    generator, wide = torch.Generator().manual_seed(0), torch.promote_types(call.dtype, torch.float32)
     heads = (call.heads, call.kv_heads, call.kv_heads, call.heads)
     shapes = [(batch.tokens, h, call.head_dim) for h in heads]
-    *parts, upstream = (torch.randn(s, generator=numbers).to(batch.input_ids.device, call.dtype) for s in shapes)
-    found = []
+    *inputs, upstream = (torch.randn(s, generator=generator).to(batch.input_ids.device, call.dtype) for s in shapes)
+    gradients = []
     for way, dtype in ((kind, call.dtype), ("groups", wide)):
-        q, k, v = (x.to(dtype).requires_grad_() for x in parts)
+        q, k, v = (x.to(dtype).requires_grad_() for x in inputs)
         cap = 30.0 if call.capped else None
         with torch.enable_grad():
             out = packed_attention(way, batch, q, k, v, call.head_dim**-0.5, cap, window=call.window)
         grads = torch.autograd.grad(out, (q, k, v), upstream.to(dtype))
-        found.append(torch.cat([g.flatten().to(wide) for g in grads]))
-    return float((found[0] - found[1]).norm() / found[1].norm())
+        gradients.append(torch.cat([g.flatten().to(wide) for g in grads]))
+    return float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
 
 
 def _triton() -> bool:
@@ -354,13 +361,13 @@ def _short_windows(model: nn.Module) -> Iterator[None]:
     """Shorten sliding windows below the probe row's length in the block, so that a mask that ignores them fails the check."""
     base = base_model_of(model)
     holders = {id(x): x for x in (base.config, base.config.get_text_config(), *base.modules())}.values()
-    found = [(x, w) for x in holders if type(w := getattr(x, "sliding_window", None)) is int and w > WINDOW]
-    for holder, _ in found:
+    originals = [(x, w) for x in holders if type(w := getattr(x, "sliding_window", None)) is int and w > WINDOW]
+    for holder, _ in originals:
         holder.sliding_window = WINDOW
     try:
         yield
     finally:
-        for holder, window in found:
+        for holder, window in originals:
             holder.sliding_window = window
 
 

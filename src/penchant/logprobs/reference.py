@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.base.files import optional_write, sweep, written_aside
+from penchant.base.files import atomic_path, optional_write, sweep
 from penchant.base.machine import moved, place_of
 from penchant.data.mapped import StoredTokens, part_lengths, ranges
 from penchant.data.packing import run_passes
@@ -113,35 +113,35 @@ def adapter_off(scorer: Scorer) -> LiveReference:
 
 def adapter_as_it_is(scorer: Scorer) -> LiveReference:
     """The policy with its adapter frozen in its current state, as a reference. Copies the adapter and no other weights."""
-    kept: dict[Tensor, Tensor] = {
+    initial: dict[Tensor, Tensor] = {
         p: local(p).detach().clone() for n, p in scorer.model.named_parameters() if "lora_" in n
     }
 
     @contextmanager
     def put_back() -> Iterator[None]:
-        now = [p.data for p in kept]
+        saved = [p.data for p in initial]
         try:
-            for p, start in kept.items():
-                p.data = start
+            for p, value in initial.items():
+                p.data = value
             yield
         finally:
-            for p, data in zip(kept, now, strict=True):
+            for p, data in zip(initial, saved, strict=True):
                 p.data = data
 
     @contextmanager
     def put_back_in_place() -> Iterator[None]:
         # torch's FSDP gathers from the shards' own memory
-        shards = [local(p.detach()) for p in kept]
-        now = [s.clone() for s in shards]
+        shards = [local(p.detach()) for p in initial]
+        saved = [s.clone() for s in shards]
         try:
-            torch._foreach_copy_(shards, list(kept.values()))
+            torch._foreach_copy_(shards, list(initial.values()))
             yield
         finally:
-            torch._foreach_copy_(shards, now)
+            torch._foreach_copy_(shards, saved)
 
-    if any(map(is_sharded, kept)):
+    if any(map(is_sharded, initial)):
         return LiveReference(scorer, off=put_back_in_place)
-    return LiveReference(scorer, off=put_back, adapters=kept)
+    return LiveReference(scorer, off=put_back, adapters=initial)
 
 
 @dataclass(slots=True)
@@ -166,16 +166,17 @@ class MovingReference(LiveReference):
             return
         parameters = self._parameters()
         with torch.no_grad():
-            trained = {
-                n: value for n, value in self.policy().items() if n in parameters
-            }  # PPO's value head is not part of the policy
-            now = {n: dealt_as(parameters[n], moved(value, parameters[n].device)) for n, value in trained.items()}
-            for name, value in now.items():
+            # PPO's value head is not part of the policy
+            trained = {n: value for n, value in self.policy().items() if n in parameters}
+            policy_weights = {
+                n: dealt_as(parameters[n], moved(value, parameters[n].device)) for n, value in trained.items()
+            }
+            for name, value in policy_weights.items():
                 if name not in self.masters:
                     self.masters[name] = parameters[name].detach().to(value.dtype, copy=True)
-            masters = [local(self.masters[name]) for name in now]
-            torch._foreach_lerp_(masters, [local(value) for value in now.values()], self.mixup)
-            torch._foreach_copy_([local(parameters[name]) for name in now], masters)
+            masters = [local(self.masters[name]) for name in policy_weights]
+            torch._foreach_lerp_(masters, [local(value) for value in policy_weights.values()], self.mixup)
+            torch._foreach_copy_([local(parameters[name]) for name in policy_weights], masters)
 
     def _parameters(self) -> dict[str, Tensor]:
         if isinstance(self.scorer, Rooted):
@@ -215,8 +216,8 @@ def moved_state(reference: Reference | None) -> dict[str, Tensor]:
 def load_moved_state(reference: Reference | None, tensors: Mapping[str, Tensor]) -> None:
     """Restore the tensors of `moved_state`; other tensors are ignored."""
     if isinstance(reference, MovingReference):
-        found = {n.removeprefix(OF_REFERENCE): v for n, v in tensors.items() if n.startswith(OF_REFERENCE)}
-        reference.load_state_tensors(found)
+        state = {n.removeprefix(OF_REFERENCE): v for n, v in tensors.items() if n.startswith(OF_REFERENCE)}
+        reference.load_state_tensors(state)
 
 
 @dataclass(slots=True)
@@ -231,16 +232,16 @@ class CachedReference:
     exact: bool = False
 
     def logps(self, batch: PackedBatch) -> Tensor:
-        return self._of(batch, "ref_logps", self.by_row)
+        return self._column(batch, "ref_logps", self.by_row)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
-        return self._of(batch, "ref_token_logps", self.tokens_by_row)
+        return self._column(batch, "ref_token_logps", self.tokens_by_row)
 
     def columns(self, batch: PackedBatch, *, tokens: bool) -> dict[str, Tensor]:
         """The columns to attach to a batch on the CPU."""
         return {"ref_token_logps": self.token_logps(batch)} if tokens else {"ref_logps": self.logps(batch)}
 
-    def _of(self, batch: PackedBatch, name: str, by_row: Mapping[int, Tensor]) -> Tensor:
+    def _column(self, batch: PackedBatch, name: str, by_row: Mapping[int, Tensor]) -> Tensor:
         if name in batch.columns:
             return batch.columns[name]
         return moved(torch.cat([by_row[row] for row in batch.rows]), batch.input_ids.device)
@@ -269,17 +270,17 @@ def hash_trees(digest: Any, trees: Sequence[TokenTree]) -> None:
         is_id = np.ones(len(words), dtype=bool)
         is_id[ends - lengths - 1] = False
         words[~is_id], words[is_id] = lengths, ids
-        told = words.view(np.uint8).data
+        data = words.view(np.uint8).data
         bounds = (4 * np.r_[0, ends[np.cumsum(parts) - 1]]).tolist()
-        digest.update(b"|".join([told[a:b] for a, b in itertools.pairwise(bounds)]) + b"|")
+        digest.update(b"|".join([data[a:b] for a, b in itertools.pairwise(bounds)]) + b"|")
 
 
 def _parts(trees: Sequence[TokenTree], start: int, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For trees `start` to `end`: number of parts of each (including masks), tokens of each part, and the ids of all parts."""
     if isinstance(trees, StoredTokens) and not trees.masked:
         return trees.part_counts(start, end), trees.part_lengths(start, end), trees.part_ids(start, end)
-    some = [(t.prompt_ids, *t.completion_ids, *t.masks) for t in trees[start:end]]
-    counts, flat = [len(parts) for parts in some], [part for parts in some for part in parts]
+    per_tree = [(t.prompt_ids, *t.completion_ids, *t.masks) for t in trees[start:end]]
+    counts, flat = [len(parts) for parts in per_tree], [part for parts in per_tree for part in parts]
     return np.array(counts), np.array(list(map(len, flat))), np.concatenate(flat)
 
 
@@ -313,8 +314,8 @@ def cached_reference(
         return stored if len(stored.get("sums", ())) == count and (not tokens or "tokens" in stored) else None
 
     def computed() -> dict[str, Tensor]:
-        made = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
-        return {"sums": made.sums} | ({"tokens": made.tokens} if tokens else {})
+        logps = compute_logps(live, trees, tokens_per_step=tokens_per_step, progress=progress)
+        return {"sums": logps.sums} | ({"tokens": logps.tokens} if tokens else {})
 
     world = current()
     stored = world.share(on_disk(say) if world.leads else None)
@@ -327,10 +328,10 @@ def cached_reference(
                 folder.mkdir(parents=True, exist_ok=True)
                 _write_atomically(path, stored)
         return _by_row(trees, stored), False
-    with ExitStack() as held:
+    with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            held.enter_context(_one_at_a_time(folder / f".{key}.lock"))
+            stack.enter_context(_one_at_a_time(folder / f".{key}.lock"))
         except OSError as error:
             say(f"{folder}: {error.strerror}; the reference's log-probs are not cached")
             return _by_row(trees, computed()), False
@@ -353,14 +354,14 @@ def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
             return {}
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = file.metadata()
-        if about is not None and about.get("sha256") == _sha256(stored):
+            metadata = file.metadata()
+        if metadata is not None and metadata.get("sha256") == _sha256(stored):
             return stored
-        known = about is not None and "sha256" in about
-        why = "its checksum does not match" if known else "it has no checksum (written by an older version)"
+        has_checksum = metadata is not None and "sha256" in metadata
+        reason = "its checksum does not match" if has_checksum else "it has no checksum (written by an older version)"
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        why = str(error)
-    say(f"{path}: {why}; recomputing the reference log-probs")
+        reason = str(error)
+    say(f"{path}: {reason}; recomputing the reference log-probs")
     return {}
 
 
@@ -393,19 +394,19 @@ def compute_logps(
     shared, done = live.scorer.shared, 0
     sizes = _sizes(trees)
     ends = [np.cumsum(n) for n in sizes]
-    found = [torch.empty(int(n.sum())) for n in sizes]
+    outputs = [torch.empty(int(n.sum())) for n in sizes]
     device = place_of(live.scorer.model)
     passes = run_passes(
         live.completion_logps, trees, tokens_per_step, shared=shared, device=device, lanes=live.side_by_side
     )
-    for members, made in passes:
-        for k, values in enumerate((made.sums.cpu(), made.tokens.cpu())):
-            found[k] = found[k].to(values.dtype)
-            found[k][torch.from_numpy(ranges((ends[k] - sizes[k])[members], sizes[k][members]))] = values
+    for members, logps in passes:
+        for k, values in enumerate((logps.sums.cpu(), logps.tokens.cpu())):
+            outputs[k] = outputs[k].to(values.dtype)
+            outputs[k][torch.from_numpy(ranges((ends[k] - sizes[k])[members], sizes[k][members]))] = values
         done += len(members)
         if progress is not None:
             progress(done, len(trees))
-    return CompletionLogps(*found)
+    return CompletionLogps(*outputs)
 
 
 class RowParts(Mapping[int, Tensor]):
@@ -420,9 +421,9 @@ class RowParts(Mapping[int, Tensor]):
 
     def __getitem__(self, row: int) -> Tensor:
         for first, ends, values in self.segments:
-            at = row - first
-            if 0 <= at < len(ends):
-                return values[int(ends[at - 1]) if at else 0 : int(ends[at])]
+            index = row - first
+            if 0 <= index < len(ends):
+                return values[int(ends[index - 1]) if index else 0 : int(ends[index])]
         raise KeyError(row)
 
     def __iter__(self) -> Iterator[int]:
@@ -446,24 +447,24 @@ def _joined(parts: Sequence[Mapping[int, Tensor]]) -> Mapping[int, Tensor]:
 def _sizes(trees: Sequence[TokenTree]) -> tuple[np.ndarray, np.ndarray]:
     """For each tree, its number of completions and of trained completion tokens; both (n,) int64."""
     if not isinstance(trees, StoredTokens) or trees.masked:
-        made = [(len(t.completion_ids), sum(t.trained)) for t in trees]
-        counts, tokens = np.array(made, dtype=np.int64).reshape(-1, 2).T
+        sizes = [(len(t.completion_ids), sum(t.trained)) for t in trees]
+        counts, tokens = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
         return counts, tokens
     parts, lengths = part_lengths(trees)
     starts = np.cumsum(parts) - parts
-    whole = np.add.reduceat(lengths, starts) if len(parts) else lengths
-    return parts - 1, whole - lengths[starts]
+    totals = np.add.reduceat(lengths, starts) if len(parts) else lengths
+    return parts - 1, totals - lengths[starts]
 
 
 def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedReference:
     sizes = dict(zip(("sums", "tokens"), _sizes(trees), strict=True))
     first = trees[0].row if len(trees) else 0
-    numbered_on = isinstance(trees, StoredTokens) or [t.row for t in trees] == list(range(first, first + len(trees)))
+    consecutive = isinstance(trees, StoredTokens) or [t.row for t in trees] == list(range(first, first + len(trees)))
 
     def parts(name: str) -> Mapping[int, Tensor]:
         if name not in stored:
             return {}
-        if numbered_on:
+        if consecutive:
             return RowParts([(first, np.cumsum(sizes[name]), stored[name])])
         return dict(zip([t.row for t in trees], stored[name].split(sizes[name].tolist()), strict=True))
 
@@ -473,5 +474,5 @@ def _by_row(trees: Sequence[TokenTree], stored: Mapping[str, Tensor]) -> CachedR
 def _write_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
     from safetensors.torch import save_file
 
-    with written_aside(path) as aside:
+    with atomic_path(path) as aside:
         save_file(tensors, aside, metadata={"sha256": _sha256(tensors)})

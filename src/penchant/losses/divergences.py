@@ -94,8 +94,8 @@ def grad_of(lp: Tensor, lq: Tensor, value: Tensor, kind: DivergenceKind) -> Tens
     to_policy = kind.direction == "ref_policy"
     p = lp.exp()
     if kind.kind == "js":
-        gap = lp - _log_mean(lp, lq, kind.js_beta)
-        return (1 - kind.js_beta) * p * (gap - (p * gap).sum(-1, keepdim=True))
+        log_ratio = lp - _log_mean(lp, lq, kind.js_beta)
+        return (1 - kind.js_beta) * p * (log_ratio - (p * log_ratio).sum(-1, keepdim=True))
     if kind.kind == "kl" or kind.renyi_alpha == 1.0:
         if to_policy:
             return p - lq.exp()
@@ -139,14 +139,14 @@ def _renyi(a: Tensor, b: Tensor, order: float) -> Tensor:
     (order - 1) KL``, ``x = (order - 1)(a - b)``, keeps digits that a log-sum-exp would round away.
     """
     x = (order - 1) * (a - b)
-    far = torch.logsumexp(a + x, -1)
-    near = (x.amax(-1) < 1) & (far.abs() < 0.5)
+    log_sum = torch.logsumexp(a + x, -1)
+    near = (x.amax(-1) < 1) & (log_sum.abs() < 0.5)
     # skipped on the CPU if no row needs it; on a GPU the check would force a synchronization
-    if far.device.type != "cpu" or bool(near.any()):
+    if log_sum.device.type != "cpu" or bool(near.any()):
         x = x.clamp(max=1.0)
         excess = (a.exp() * (torch.expm1(x) - x)).sum(-1) + (order - 1) * _kl(a, b)
-        far = torch.where(near, torch.log1p(excess), far)
-    return far / (order - 1)
+        log_sum = torch.where(near, torch.log1p(excess), log_sum)
+    return log_sum / (order - 1)
 
 
 def kl_estimate(logps: Tensor, ref_logps: Tensor, estimator: Estimator = "k3") -> Tensor:

@@ -19,12 +19,12 @@ def require_vectors(*tensors: Tensor) -> None:
 
 def require(logps: PairLogps | UnpairedLogps, *names: str) -> tuple[Tensor, ...]:
     """The named fields, all of the same shape (batch,); raise ValueError if any is missing."""
-    found = {name: getattr(logps, name) for name in names}
-    missing = [name for name, value in found.items() if value is None]
+    tensors = {name: getattr(logps, name) for name in names}
+    missing = [name for name, value in tensors.items() if value is None]
     if missing:
         raise ValueError(f"this loss needs {' and '.join(missing)}; give {'it' if len(missing) == 1 else 'them'}")
-    require_vectors(*found.values())
-    return tuple(found.values())
+    require_vectors(*tensors.values())
+    return tuple(tensors.values())
 
 
 def pair_logratios(logps: PairLogps) -> tuple[Tensor, Tensor]:

@@ -24,10 +24,10 @@ def plackett_luce(logps: ListLogps, *, beta: Beta = 0.1) -> LossOutput:
     denominator (Breslow's method for ties), so their order in the file does not matter.
     """
     rewards, scores, present = _rewards(logps, beta)
-    below = (scores[:, None, :] <= scores[:, :, None]) & present[:, None, :]
-    below = below | ~present[:, :, None]  # rows of absent answers are masked out below, but must not be empty
-    among = torch.where(below, rewards[:, None, :], -math.inf).logsumexp(-1)
-    return LossOutput(((among - rewards) * present).sum(1), metrics=_metrics(rewards, scores, present))
+    candidates = (scores[:, None, :] <= scores[:, :, None]) & present[:, None, :]
+    candidates = candidates | ~present[:, :, None]  # rows of absent answers are masked out below, but must not be empty
+    log_denominators = torch.where(candidates, rewards[:, None, :], -math.inf).logsumexp(-1)
+    return LossOutput(((log_denominators - rewards) * present).sum(1), metrics=_metrics(rewards, scores, present))
 
 
 @loss(
@@ -54,17 +54,17 @@ def lipo(
     rewards, scores, present = _rewards(logps, beta)
     if gains == "list":
         worst, best = (torch.where(present, scores, fill) for fill in (math.inf, -math.inf))
-        least = worst.amin(1, keepdim=True)
-        scores = (scores - least) / (best.amax(1, keepdim=True) - least).clamp(min=torch.finfo(scores.dtype).tiny)
+        lowest = worst.amin(1, keepdim=True)
+        scores = (scores - lowest) / (best.amax(1, keepdim=True) - lowest).clamp(min=torch.finfo(scores.dtype).tiny)
     order = torch.where(present, rewards.detach(), -math.inf).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
     )
     gain, discount = torch.where(present, torch.exp2(scores), 0.0), 1 / torch.log(2.0 + rank.to(rewards.dtype))
-    better = (scores[:, :, None] > scores[:, None, :]) & present[:, :, None] & present[:, None, :]
+    is_better = (scores[:, :, None] > scores[:, None, :]) & present[:, :, None] & present[:, None, :]
     weights = (gain[:, :, None] - gain[:, None, :]).abs() * (discount[:, :, None] - discount[:, None, :]).abs()
     losses = F.softplus(rewards[:, None, :] - rewards[:, :, None])
-    total = torch.where(better, weights * losses, 0.0).sum((1, 2))
+    total = torch.where(is_better, weights * losses, 0.0).sum((1, 2))
     return LossOutput(total, metrics=_metrics(rewards, scores, present))
 
 
@@ -87,13 +87,15 @@ def _metrics(rewards: Tensor, scores: Tensor, present: Tensor) -> dict[str, tupl
     rewards = rewards.detach()
     best = torch.where(present, scores, -math.inf).argmax(1, keepdim=True)
     worst = torch.where(present, scores, math.inf).argmin(1, keepdim=True)
-    chosen, rejected = (rewards.gather(1, at).squeeze(1) for at in (best, worst))
-    ahead = rewards[:, :, None] - rewards[:, None, :]
-    better = (scores[:, :, None] > scores[:, None, :]) & present[:, :, None] & present[:, None, :]
-    right = torch.where(better, (ahead > 0).to(rewards.dtype) + 0.5 * (ahead == 0).to(rewards.dtype), 0.0).sum((1, 2))
+    chosen, rejected = (rewards.gather(1, index).squeeze(1) for index in (best, worst))
+    margins = rewards[:, :, None] - rewards[:, None, :]
+    is_better = (scores[:, :, None] > scores[:, None, :]) & present[:, :, None] & present[:, None, :]
+    correct = torch.where(is_better, (margins > 0).to(rewards.dtype) + 0.5 * (margins == 0).to(rewards.dtype), 0.0).sum(
+        (1, 2)
+    )
     return {
         "rewards/chosen": (chosen, None),
         "rewards/rejected": (rejected, None),
         "rewards/margins": (chosen - rejected, None),
-        "rewards/accuracies": (right / better.sum((1, 2)).clamp(min=1), None),
+        "rewards/accuracies": (correct / is_better.sum((1, 2)).clamp(min=1), None),
     }

@@ -65,14 +65,14 @@ def _spec_of_plain_function(function: Any) -> LossSpec:
     name = function.__name__
     if name in LOSSES:
         raise ValueError(f"there is a loss called {name} already; choose another name")
-    first = next(iter(inspect.signature(function).parameters.values()))
-    annotation = str(first.annotation)
+    first_parameter = next(iter(inspect.signature(function).parameters.values()))
+    annotation = str(first_parameter.annotation)
     signal: Signal = "unpaired" if "UnpairedLogps" in annotation else "lists" if "ListLogps" in annotation else "pairs"
-    also = {"unpaired": {"labels"}, "lists": {"scores"}}.get(signal, set())
+    extra_needs = {"unpaired": {"labels"}, "lists": {"scores"}}.get(signal, set())
     return LossSpec(
         name=name,
         signal=signal,
-        needs=frozenset({"reference", *also}),
+        needs=frozenset({"reference", *extra_needs}),
         fn=function,
         params=params_of(function),
         formula=(inspect.getdoc(function) or name).splitlines()[0],
@@ -103,8 +103,8 @@ def check(spec: LossSpec) -> None:
     for key in [k for k in _tensor_fields(ordinary, "policy_") if k.endswith("logps") and "shared" not in k]:
         for policy, ref in ((-FAR, -1.0), (-1.0, -FAR)):
             ref_key = key.replace("policy_", "ref_")
-            far = {k: torch.full_like(getattr(ordinary, key), v) for k, v in ((key, policy), (ref_key, ref))}
-            _run_and_check(spec, replace(ordinary, **far), f"at a log-ratio of {policy - ref:+.0f} nats")
+            extreme = {k: torch.full_like(getattr(ordinary, key), v) for k, v in ((key, policy), (ref_key, ref))}
+            _run_and_check(spec, replace(ordinary, **extreme), f"at a log-ratio of {policy - ref:+.0f} nats")
     if spec.equal_policy_loss is not None:
         _check_value(spec, equal)
 
@@ -116,15 +116,15 @@ def _check_value(spec: LossSpec, equal: Inputs) -> None:
         declared = float(spec.equal_policy_loss(**arguments))
     except Exception as error:
         raise ValueError(f"its `equal` raises {type(error).__name__}: {error}") from error
-    for given in spec.fn(equal, **arguments).losses.tolist():
-        if not math.isclose(given, declared, rel_tol=1e-4, abs_tol=1e-5):
-            raise ValueError(f"gives {given:g} where policy and reference are equal, and declares {declared:g}")
+    for value in spec.fn(equal, **arguments).losses.tolist():
+        if not math.isclose(value, declared, rel_tol=1e-4, abs_tol=1e-5):
+            raise ValueError(f"gives {value:g} where policy and reference are equal, and declares {declared:g}")
 
 
 def _run_and_check(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
     """Run a loss, check its output, and return the gradients of its policy inputs."""
-    named = [k for prefix in ("policy_", "div", "weighted_") for k in _tensor_fields(logps, prefix)]
-    leaves = {k: getattr(logps, k).clone().requires_grad_() for k in named}
+    names = [k for prefix in ("policy_", "div", "weighted_") for k in _tensor_fields(logps, prefix)]
+    leaves = {k: getattr(logps, k).clone().requires_grad_() for k in names}
     try:
         out = spec.fn(replace(logps, **leaves), **spec.params().arguments())
     except Exception as error:
@@ -133,14 +133,14 @@ def _run_and_check(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
         raise ValueError(f"returns {type(out).__name__}; return LossOutput(losses)")
     summands = {**out.summands(), **out.metrics}
     for name, (values, _) in summands.items():
-        what = "losses" if name == "main" else name
+        label = "losses" if name == "main" else name
         shape = list(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         if shape != [ROWS]:
-            raise ValueError(f"gives {what} of shape {shape} for {ROWS} rows; give one for each, (batch,)")
+            raise ValueError(f"gives {label} of shape {shape} for {ROWS} rows; give one for each, (batch,)")
         if not torch.isfinite(values).all():
-            raise ValueError(f"gives {what} that are not finite {when}")
+            raise ValueError(f"gives {label} that are not finite {when}")
         if name in out.metrics and values.requires_grad:
-            raise ValueError(f"gives {what} with a gradient; detach() metrics")
+            raise ValueError(f"gives {label} with a gradient; detach() metrics")
     total = sum(values.sum() for values, _ in out.summands().values())
     if not isinstance(total, torch.Tensor) or not total.requires_grad:
         raise ValueError("no gradient reaches the policy's log-probs")

@@ -45,16 +45,16 @@ def _allowed(info: FieldInfo) -> str:
 
 def _more(spec: LossSpec) -> list[str]:
     """What a loss needs beyond what its group already states: reference, labels, scores of lists."""
-    said = {"reference", "labels", *({"scores"} if spec.signal == "lists" else ())}
-    return sorted(spec.needs - said)
+    stated = {"reference", "labels", *({"scores"} if spec.signal == "lists" else ())}
+    return sorted(spec.needs - stated)
 
 
 def text() -> str:
     """Every loss in a few lines."""
     lines = [NOTATION, ""]
-    for title, belongs in GROUPS.items():
+    for title, in_group in GROUPS.items():
         lines += [title.upper(), ""]
-        for spec in filter(belongs, LOSSES.values()):
+        for spec in filter(in_group, LOSSES.values()):
             lines.append(spec.name + (f"  arXiv {spec.paper}" if spec.paper else ""))
             lines.append(f"    {spec.formula}")
             lines += [f"    needs {NEEDS[n]}" for n in _more(spec)]
@@ -69,9 +69,9 @@ def text() -> str:
 
 def describe(name: str) -> str:
     """Describe one loss: how to name it, its docstring, what it needs, and its hyperparameters with ranges."""
-    spec = find_loss(given := loss_name(name, ("losses",)))
-    about = re.sub(r"(?:Args|Returns|Raises):\n(?: +.*\n)+\n*", "", inspect.cleandoc(spec.fn.__doc__ or "") + "\n")
-    lines = [f"loss.name={given}", "", MARKUP.sub(r"\1", about.strip()), ""]
+    spec = find_loss(config_name := loss_name(name, ("losses",)))
+    docstring = re.sub(r"(?:Args|Returns|Raises):\n(?: +.*\n)+\n*", "", inspect.cleandoc(spec.fn.__doc__ or "") + "\n")
+    lines = [f"loss.name={config_name}", "", MARKUP.sub(r"\1", docstring.strip()), ""]
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
     lines += [f"loss.{key} = {default}" + f": {meaning}" * bool(meaning) for key, default, meaning in parameters(spec)]
     return "\n".join(lines)
@@ -87,19 +87,21 @@ def markdown() -> str:
         f"Notation: {NOTATION}.",
         "",
     ]
-    for title, belongs in GROUPS.items():
+    for title, in_group in GROUPS.items():
         lines += [
             f"## {title[0].upper()}{title[1:]}",
             "",
             "| `loss.name` | loss | hyperparameters | paper |",
             "|---|---|---|---|",
         ]
-        for spec in filter(belongs, LOSSES.values()):
-            shown = "<br>".join(f"`{n}` {d}: {m}" for n, d, m in parameters(spec))
+        for spec in filter(in_group, LOSSES.values()):
+            hyperparameters = "<br>".join(f"`{n}` {d}: {m}" for n, d, m in parameters(spec))
             needs = "".join(f"<br>Needs {NEEDS[n]}." for n in _more(spec))
             paper = f"[{spec.paper}](https://arxiv.org/abs/{spec.paper})" if spec.paper else ""
             formula = spec.formula.replace("|", "\\|")
-            lines.append(f"| `{spec.name}` | `{formula}`{needs} | {shown.replace('|', chr(92) + '|')} | {paper} |")
+            lines.append(
+                f"| `{spec.name}` | `{formula}`{needs} | {hyperparameters.replace('|', chr(92) + '|')} | {paper} |"
+            )
         lines.append("")
     lines += [
         "## Any loss",

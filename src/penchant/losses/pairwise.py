@@ -219,15 +219,15 @@ def ld_dpo(
 ) -> LossOutput:
     """LD-DPO, length-desensitized: tokens beyond the other answer's length count less."""
     chosen, rejected = pair_logratios(logps)
-    first = require(
+    shared = require(
         logps,
         "policy_chosen_shared_logps",
         "policy_rejected_shared_logps",
         "ref_chosen_shared_logps",
         "ref_rejected_shared_logps",
     )
-    chosen = (1 - alpha) * (first[0] - first[2]) + alpha * chosen
-    rejected = (1 - alpha) * (first[1] - first[3]) + alpha * rejected
+    chosen = (1 - alpha) * (shared[0] - shared[2]) + alpha * chosen
+    rejected = (1 - alpha) * (shared[1] - shared[3]) + alpha * rejected
     return pair_output(logistic(beta * (chosen - rejected)), beta * chosen, beta * rejected)
 
 

@@ -31,9 +31,9 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     rewards, k = _minus_group_min(rewards), rewards.shape[1]
     if not bool(rewards.isnan().any()):
         return (rewards - rewards.mean(1, keepdim=True)) * (k / (k - 1))
-    known = (~rewards.isnan()).sum(1, keepdim=True)
+    counts = (~rewards.isnan()).sum(1, keepdim=True)
     centered = (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
-    return centered * (known / (known - 1).clamp(min=1))  # a single known reward is its own mean
+    return centered * (counts / (counts - 1).clamp(min=1))  # a single known reward is its own mean
 
 
 def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] = "group", eps: float = 1e-4) -> Tensor:
@@ -51,20 +51,20 @@ def group_normalized(rewards: Tensor, scale: Literal["group", "batch", "none"] =
     Paper: arXiv 2402.03300; without the standard deviation: arXiv 2503.20783.
     """
     _require_group(rewards)
-    unknown = rewards.isnan()
-    partial = bool(unknown.any())
+    missing = rewards.isnan()
+    has_missing = bool(missing.any())
     raw_rewards, rewards = rewards, _minus_group_min(rewards)
     centered = (
         (rewards - rewards.nanmean(1, keepdim=True)).nan_to_num()
-        if partial
+        if has_missing
         else rewards - rewards.mean(1, keepdim=True)
     )
     if scale == "none":
         return centered
     if scale == "batch":
-        return centered / (raw_rewards[~unknown].std() + eps)
-    if partial:
-        degrees_of_freedom = (~unknown).sum(1, keepdim=True) - 1
+        return centered / (raw_rewards[~missing].std() + eps)
+    if has_missing:
+        degrees_of_freedom = (~missing).sum(1, keepdim=True) - 1
         std = (centered.square().sum(1, keepdim=True) / degrees_of_freedom.clamp(min=1)).sqrt()
     else:
         std = rewards.std(1, keepdim=True)
@@ -104,19 +104,19 @@ def gae(
     require_vectors(rewards, values)
     if int(lengths.sum()) != len(rewards) or bool((lengths < 1).any()):
         raise ValueError(f"lengths add up to {int(lengths.sum())} for {len(rewards)} tokens; each must be at least 1")
-    last = lengths.cumsum(0) - 1
-    ends = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
-    ends[last] = True
-    next_values = torch.cat([values[1:], values.new_zeros(1)]).masked_fill(ends, 0.0)
+    last_positions = lengths.cumsum(0) - 1
+    is_last = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
+    is_last[last_positions] = True
+    next_values = torch.cat([values[1:], values.new_zeros(1)]).masked_fill(is_last, 0.0)
     deltas = rewards + gamma * next_values - values
     # all completions at once, from their ends: sorting by length would save work, but a loop over the longest is short enough
     advantages = torch.zeros_like(deltas)
     running = deltas.new_zeros(len(lengths))
     for steps_back in range(int(lengths.max())):
-        alive = lengths > steps_back
-        positions = (last - steps_back)[alive]
-        running[alive] = deltas[positions] + gamma * lam * running[alive]
-        advantages[positions] = running[alive]
+        active = lengths > steps_back
+        positions = (last_positions - steps_back)[active]
+        running[active] = deltas[positions] + gamma * lam * running[active]
+        advantages[positions] = running[active]
     return advantages, advantages + values
 
 
@@ -255,9 +255,9 @@ def kl_to_go(kl: Tensor, lengths: Tensor) -> Tensor:
     Args:
         kl: (R,) of tokens, completion after completion; lengths: (C,) tokens of each.
     """
-    before = kl.cumsum(0) - kl
-    ends = kl.cumsum(0)[lengths.cumsum(0) - 1]
-    return torch.repeat_interleave(ends, lengths) - before
+    preceding = kl.cumsum(0) - kl
+    end_sums = kl.cumsum(0)[lengths.cumsum(0) - 1]
+    return torch.repeat_interleave(end_sums, lengths) - preceding
 
 
 def clipped_value_loss(

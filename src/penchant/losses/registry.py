@@ -69,7 +69,7 @@ class LossSpec:
         paper: arXiv id, or an empty string.
         equal_policy_loss: the loss's value per example when policy and reference are equal, as a function of the
             arguments; None if there is no such value.
-        uses_lengths: whether it uses lengths itself, so that it must get summed log-probs.
+        uses_lengths: whether it averages or weights by length itself, so that it must get summed log-probs.
         lr: peak learning rates for ``train.lr: auto``: of the whole model, of an adapter.
     """
 
@@ -81,7 +81,7 @@ class LossSpec:
     formula: str
     paper: str = ""
     equal_policy_loss: Callable[..., float] | None = None
-    uses_lengths: bool = False  # averages or weights by length itself, so it must get summed log-probs
+    uses_lengths: bool = False
     lr: tuple[float, float] = (5e-6, 5e-5)
 
     def __post_init__(self) -> None:
@@ -143,8 +143,8 @@ def loss(
     """
 
     def register(fn: Function) -> Function:
-        known = LOSSES.get(name)
-        if known is not None and known.fn.__module__ != fn.__module__:
+        existing = LOSSES.get(name)
+        if existing is not None and existing.fn.__module__ != fn.__module__:
             raise ValueError(f"there is a loss called {name} already; choose another name")
         equal_policy_loss = equal if callable(equal) or equal is None else lambda **_: equal
         fn_params = params_of(fn, params)
@@ -189,11 +189,11 @@ def params_of(fn: Callable[..., Any], base: type[LossParams] = LossParams) -> ty
             ),
         )
     title = f"{getattr(fn, '__name__', 'Loss')}Params"
-    made = _create_params(title, LossParams, fields)
+    params_type = _create_params(title, LossParams, fields)
     if base is not LossParams:  # the function's arguments first, then the base's settings
-        made = _create_params(title, (base, made), {})
-    made.argument_names = tuple(fields)
-    return made
+        params_type = _create_params(title, (base, params_type), {})
+    params_type.argument_names = tuple(fields)
+    return params_type
 
 
 def _create_params(title: str, base: Any, fields: dict[str, Any]) -> type[LossParams]:

@@ -62,10 +62,10 @@ class LossProblem(Exception):
 
     def suggestion(self, word: str) -> str:
         """A suggestion for a mistyped key."""
-        known = OTHER_KEYS.get(word, "")
-        near = known if known in self.keys else closest(word, self.keys)
-        there = f'did you mean "{near}"?' if near else f"there are {', '.join(self.keys) or 'none'}"
-        return f"{there} (`penchant losses {self.name}` tells more)"
+        renamed = OTHER_KEYS.get(word, "")
+        match = renamed if renamed in self.keys else closest(word, self.keys)
+        hint = f'did you mean "{match}"?' if match else f"there are {', '.join(self.keys) or 'none'}"
+        return f"{hint} (`penchant losses {self.name}` tells more)"
 
 
 @contextlib.contextmanager
@@ -76,21 +76,21 @@ def _locate_errors(path: Path, name: str, keys: Path) -> Iterator[None]:
         raise LossProblem(path, name, keys, error) from error
 
 
-def loss_name(given: Any, path: Path = ("loss", "name")) -> str:
+def loss_name(loss: Any, path: Path = ("loss", "name")) -> str:
     """The registry's name of a loss as the user wrote it; for a user's own loss, its absolute path and function."""
     where = ".".join(path)
-    if not isinstance(given, str):
-        what = "is missing" if given is None else f"is {given!r}"
-        hint = "; several losses go into loss.mix" if isinstance(given, list) else ""
+    if not isinstance(loss, str):
+        what = "is missing" if loss is None else f"is {loss!r}"
+        hint = "; several losses go into loss.mix" if isinstance(loss, list) else ""
         raise ConfigError(where, what, f"give the name of one loss, such as dpo{hint}")
-    if is_own(given):
-        find_loss(given, where)
-        return f"{own_file(given).resolve()}:{given.rpartition(':')[2]}"
-    name = given if given in LOSSES else given.lower().replace("-", "_")
+    if is_own(loss):
+        find_loss(loss, where)
+        return f"{own_file(loss).resolve()}:{loss.rpartition(':')[2]}"
+    name = loss if loss in LOSSES else loss.lower().replace("-", "_")
     if name not in LOSSES:
-        other = OTHER_NAMES.get(name)
-        hint = f"it is called {other} here" if other else did_you_mean(name, sorted(LOSSES))
-        raise ConfigError(where, f"{given!r} is not a loss", hint)
+        registry_name = OTHER_NAMES.get(name)
+        hint = f"it is called {registry_name} here" if registry_name else did_you_mean(name, sorted(LOSSES))
+        raise ConfigError(where, f"{loss!r} is not a loss", hint)
     return name
 
 
@@ -132,10 +132,10 @@ class ComponentConfig(BaseModel):
         params_type = find_loss(name).params
         names = {info.alias or field: field for field, info in params_type.model_fields.items()}
         schedules: dict[str, Schedule] = {}
-        for key, given in rest.items():
-            if isinstance(given, Mapping) and key in names:
+        for key, setting in rest.items():
+            if isinstance(setting, Mapping) and key in names:
                 with _locate_errors((*path, key), name, ("from", "to", "shape")):
-                    schedules[key] = Schedule.model_validate(given)
+                    schedules[key] = Schedule.model_validate(setting)
         with _locate_errors(path, name, tuple(names)):
             params_type.model_validate(rest | {k: s.end for k, s in schedules.items()})
             params = params_type.model_validate(rest | {k: s.start for k, s in schedules.items()})
@@ -143,17 +143,19 @@ class ComponentConfig(BaseModel):
             if not isinstance(getattr(params, names[key]), float):
                 what = "is not a number that could follow a schedule"
                 raise ConfigError(".".join((*path, key)), what, "give one value")
-        by_field, own = {names[key]: s for key, s in schedules.items()}, params.schedules()
-        both = [key for key in schedules if names[key] in own]
-        if both and "schedule" in params.model_fields_set:
-            raise ConfigError(".".join(path), f"has a schedule, and a from/to for {both[0]}", "keep one of the two")
-        return cls(name=name, params=params, schedules=own | by_field, weight=float(weight))
+        by_field, own_schedules = {names[key]: s for key, s in schedules.items()}, params.schedules()
+        conflicts = [key for key in schedules if names[key] in own_schedules]
+        if conflicts and "schedule" in params.model_fields_set:
+            raise ConfigError(
+                ".".join(path), f"has a schedule, and a from/to for {conflicts[0]}", "keep one of the two"
+            )
+        return cls(name=name, params=params, schedules=own_schedules | by_field, weight=float(weight))
 
     def to_mapping(self) -> dict[str, Any]:
         values = self.params.to_mapping()
-        own = self.params.schedules()
+        own_schedules = self.params.schedules()
         for field, schedule in self.schedules.items():
-            if field not in own:
+            if field not in own_schedules:
                 alias = type(self.params).model_fields[field].alias or field
                 values[alias] = schedule.model_dump(mode="json", by_alias=True)
         return {"name": self.name, **values}
@@ -178,9 +180,9 @@ class LossConfig(LossModifiers):
     def from_mapping(cls, value: Mapping[str, Any]) -> LossConfig:
         """From ``{name: dpo, beta: 0.1}`` or ``{mix: [{name: dpo, weight: 0.8}, {name: sft, weight: 0.2}]}``, and modifiers."""
         rest = dict(value)
-        given = {k: rest.pop(k) for k in LossModifiers.model_fields if k in rest}
+        modifier_values = {k: rest.pop(k) for k in LossModifiers.model_fields if k in rest}
         with _locate_errors(("loss",), "dpo", tuple(LossModifiers.model_fields)):
-            modifiers = LossModifiers.model_validate(given)
+            modifiers = LossModifiers.model_validate(modifier_values)
         mix = rest.pop("mix", None)
         if mix is None:
             if "weight" in rest:
@@ -198,17 +200,17 @@ class LossConfig(LossModifiers):
             components = tuple(ComponentConfig.from_mapping(m, ("loss", "mix", str(i))) for i, m in enumerate(mix))
             if not any(c.weight for c in components):
                 raise ConfigError("loss.mix", "counts for nothing: all weights are 0", "give one of them a weight")
-        made = cls(components=components, **modifiers.model_dump())
-        made._check()
-        return made
+        config = cls(components=components, **modifiers.model_dump())
+        config._check()
+        return config
 
     def _check(self) -> None:
         specs = [c.spec for c in self.components]
         names = [s.name for s in specs]
         if len(set(names)) < len(names):
             raise ConfigError("loss.mix", "has a loss that is listed twice", "keep one, or change its weight")
-        if len({"lists"} | (others := {s.signal for s in specs} - {"tokens"})) == len(others) > 1:
-            what = "has a loss on lists of answers beside one on " + " and ".join(sorted(others - {"lists"}))
+        if len({"lists"} | (signals := {s.signal for s in specs} - {"tokens"})) == len(signals) > 1:
+            what = "has a loss on lists of answers beside one on " + " and ".join(sorted(signals - {"lists"}))
             raise ConfigError("loss.mix", what, "keep one kind; plackett_luce takes pairs too")
         if sum("divergence" in s.needs for s in specs) > 1:
             raise ConfigError("loss.mix", "has two losses with a divergence of their own", "keep one")

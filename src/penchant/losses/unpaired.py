@@ -118,17 +118,17 @@ def pmpo(
     answers' log-prob falls forever, and the run is stopped at `train.logp_floor`.
     """
     policy, lengths, labels, distance = require(logps, "policy_logps", "lengths", "labels", "divergence")
-    up, down = (1.0, 1.0) if weighting == "unit" else (alpha, 1.0 - alpha)
-    size = lengths if reduction == "token_mean" else lengths.new_ones(lengths.shape)
+    accepted_weight, rejected_weight = (1.0, 1.0) if weighting == "unit" else (alpha, 1.0 - alpha)
+    counts = lengths if reduction == "token_mean" else lengths.new_ones(lengths.shape)
     metrics: Metrics = {"divergence": (distance.detach(), lengths)}
     if logps.ref_logps is not None:
         metrics |= side_metrics(policy - logps.ref_logps, labels)
     return LossOutput(
-        -up * policy * labels,
-        weights=size * labels,
+        -accepted_weight * policy * labels,
+        weights=counts * labels,
         metrics=metrics,
         terms={
-            "negative": (down * policy * (1 - labels), size * (1 - labels)),
-            "divergence": (beta * distance, size),
+            "negative": (rejected_weight * policy * (1 - labels), counts * (1 - labels)),
+            "divergence": (beta * distance, counts),
         },
     )

@@ -72,15 +72,15 @@ def figures_by_answer(
         scores, trees, beta: as for `answer_figures`.
     """
     c = _completions(trees)
-    named = {"logps": scores.policy, "ref_logps": scores.reference}
-    named |= {"kl/policy_ref": scores.policy_ref, "kl/ref_policy": scores.ref_policy}
-    sums = {name: completion_sums(values, c.lengths) for name, values in named.items() if values is not None}
+    token_values = {"logps": scores.policy, "ref_logps": scores.reference}
+    token_values |= {"kl/policy_ref": scores.policy_ref, "kl/ref_policy": scores.ref_policy}
+    sums = {name: completion_sums(values, c.lengths) for name, values in token_values.items() if values is not None}
     if "ref_logps" in sums:
         sums["logratios"] = sums["logps"] - sums["ref_logps"]
         sums["implicit_reward"] = beta * sums["logratios"]
     for i, (tree, slot) in enumerate(zip(c.tree.tolist(), c.slot.tolist(), strict=True)):
-        known = {"chosen": bool(c.good[i]), "tokens": int(c.lengths[i])}
-        yield known | {name: float(values[i]) for name, values in sums.items()}, trees[tree], slot
+        facts = {"chosen": bool(c.good[i]), "tokens": int(c.lengths[i])}
+        yield facts | {name: float(values[i]) for name, values in sums.items()}, trees[tree], slot
 
 
 def kl_figures(name: str, scores: TokenScores, lengths: np.ndarray, clusters: np.ndarray) -> list[Figure]:
@@ -186,44 +186,48 @@ def score_tokens(
     """
     device = place_of(policy.scorer.model)
     shared, lanes = policy.scorer.shared, policy.side_by_side
-    same = reference is None or reference.scorer.shared == shared
-    if not same:  # row = index into trees, so that a batch can be repacked for the reference below
+    same_packing = reference is None or reference.scorer.shared == shared
+    if not same_packing:  # row = index into trees, so that a batch can be repacked for the reference below
         trees = [replace(t, row=i) for i, t in enumerate(trees)]
 
     def score_batch(batch: PackedBatch) -> Tensor:
         if reference is None:
             return policy.completion_logps(batch).tokens[None]
         # completions are ordered tree by tree in either layout
-        other = batch if same else pack([trees[i] for i in batch.rows], shared=reference.scorer.shared).to(device)
+        ref_batch = (
+            batch if same_packing else pack([trees[i] for i in batch.rows], shared=reference.scorer.shared).to(device)
+        )
         if exact:
-            return _logps_and_kl(policy, reference, batch, other)
-        return torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(other).tokens])
+            return _logps_and_kl(policy, reference, batch, ref_batch)
+        return torch.stack([policy.completion_logps(batch).tokens, reference.completion_logps(ref_batch).tokens])
 
     parts: dict[int, Tensor] = {}
     lanes = lanes and (reference is None or reference.side_by_side)
-    for members, found in run_passes(score_batch, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
+    for members, part in run_passes(score_batch, trees, tokens_per_step, shared=shared, device=device, lanes=lanes):
         counts = [sum(trees[i].trained) for i in members]
-        parts |= dict(zip(members, found.cpu().double().split(counts, dim=1), strict=True))
+        parts |= dict(zip(members, part.cpu().double().split(counts, dim=1), strict=True))
         if progress is not None:
             progress(len(parts), len(trees))
-    whole = torch.cat([parts[i] for i in range(len(trees))], dim=1).numpy()
-    return TokenScores(*whole)
+    scores = torch.cat([parts[i] for i in range(len(trees))], dim=1).numpy()
+    return TokenScores(*scores)
 
 
-def _logps_and_kl(policy: LiveReference, reference: LiveReference, batch: PackedBatch, other: PackedBatch) -> Tensor:
+def _logps_and_kl(
+    policy: LiveReference, reference: LiveReference, batch: PackedBatch, reference_batch: PackedBatch
+) -> Tensor:
     """(4, R): log-probs of both models, then KL in both directions."""
-    of_policy, of_reference = policy.row_logits(batch), reference.row_logits(other)
+    policy_logits, ref_logits = policy.row_logits(batch), reference.row_logits(reference_batch)
     models: list[Any] = [policy.scorer.model, reference.scorer.model]
     rows = max(16, CHUNK_ELEMENTS // max(m.get_input_embeddings().weight.shape[0] for m in models))
     chunks = []
-    for targets, at in zip(batch.target_ids.split(rows), range(0, len(batch.target_ids), rows), strict=True):
-        p, q = of_policy(slice(at, at + rows)), of_reference(slice(at, at + rows))
+    for targets, start in zip(batch.target_ids.split(rows), range(0, len(batch.target_ids), rows), strict=True):
+        p, q = policy_logits(slice(start, start + rows)), ref_logits(slice(start, start + rows))
         if p.shape != q.shape:
             how = "leave out the exact KL with --no-exact-kl, or give another --reference"
             raise ModelError("reference", f"has {q.shape[1]:,} logits a token, the model {p.shape[1]:,}", how)
         lp, lq = log_probs(p), log_probs(q)
-        picked = [x.gather(1, targets[:, None]).squeeze(1) for x in (lp, lq)]
-        chunks.append(torch.stack([*picked, value_of(lp, lq, POLICY_REF), value_of(lp, lq, REF_POLICY)]))
+        token_logps = [x.gather(1, targets[:, None]).squeeze(1) for x in (lp, lq)]
+        chunks.append(torch.stack([*token_logps, value_of(lp, lq, POLICY_REF), value_of(lp, lq, REF_POLICY)]))
     return torch.cat(chunks, dim=1)
 
 
@@ -254,14 +258,14 @@ def text_figures(scores: TokenScores, trees: Sequence[TokenTree], size: Mapping[
     n = len(numbers)
     by_document = [np.bincount(document, weights=w) for w in (lengths, -completion_sums(scores.policy, lengths))]
     tokens, nats = by_document
-    each = np.arange(n)
+    clusters = np.arange(n)
     bytes_ = np.array([size[source] for source in numbers], dtype=np.float64)
     figures = [
-        ratio_figure("text/perplexity", nats, tokens, each, exp),
-        ratio_figure("text/bits_per_byte", nats / math.log(2), bytes_, each),
+        ratio_figure("text/perplexity", nats, tokens, clusters, exp),
+        ratio_figure("text/bits_per_byte", nats / math.log(2), bytes_, clusters),
     ]
     if scores.reference is not None:
-        before = np.bincount(document, weights=-completion_sums(scores.reference, lengths))
-        figures.append(ratio_figure("text/ref_perplexity", before, tokens, each, exp))
-        figures.append(ratio_figure("text/perplexity_ratio", nats - before, tokens, each, exp))
+        ref_nats = np.bincount(document, weights=-completion_sums(scores.reference, lengths))
+        figures.append(ratio_figure("text/ref_perplexity", ref_nats, tokens, clusters, exp))
+        figures.append(ratio_figure("text/perplexity_ratio", nats - ref_nats, tokens, clusters, exp))
     return figures

@@ -64,13 +64,13 @@ def distinct_n_interval(
     k = len(by_cluster)
     if k < 2:
         return None
-    left = []
+    estimates = []
     for grams in by_cluster.values():
-        alone = sum(owners[g] == 1 for g in grams)  # n-grams that occur for no other prompt
-        rest = total - sum(grams.values())
-        left.append((len(owners) - alone) / rest if rest else 0.0)
-    without = np.array(left)
-    half = t_quantile((1 + level) / 2, k - 1) * float(np.sqrt((k - 1) / k * ((without - without.mean()) ** 2).sum()))
+        unique = sum(owners[g] == 1 for g in grams)  # n-grams that occur for no other prompt
+        remaining = total - sum(grams.values())
+        estimates.append((len(owners) - unique) / remaining if remaining else 0.0)
+    shares = np.array(estimates)
+    half = t_quantile((1 + level) / 2, k - 1) * float(np.sqrt((k - 1) / k * ((shares - shares.mean()) ** 2).sum()))
     value = len(owners) / total if total else 0.0
     return Interval(value, max(0.0, value - half), min(1.0, value + half))
 
@@ -122,11 +122,13 @@ class Completions:
         """The index of each completion's prompt, (prompts x n,): the clusters for intervals."""
         return np.array([i for i, t in enumerate(self.trees) for _ in t.completion_ids])
 
-    def row(self, at: int, also: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
-        """Fields written to files next to a completion's text; `also`: other rewards of all completions, by name."""
-        row: dict[str, Any] = {"tokens": len(self.ids[at]), "ended": bool(self.ended[at])}
-        row |= {} if self.rewards is None else {"reward": _nan_to_none(self.rewards[at])}
-        return row | ({"also": {name: _nan_to_none(v[at]) for name, v in also.items()}} if also else {})
+    def row(self, index: int, other_rewards: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+        """Fields written to files next to a completion's text; `other_rewards`: other rewards of all completions, by name."""
+        row: dict[str, Any] = {"tokens": len(self.ids[index]), "ended": bool(self.ended[index])}
+        row |= {} if self.rewards is None else {"reward": _nan_to_none(self.rewards[index])}
+        return row | (
+            {"also": {name: _nan_to_none(v[index]) for name, v in other_rewards.items()}} if other_rewards else {}
+        )
 
 
 def _nan_to_none(value: Any) -> float | None:
@@ -200,17 +202,17 @@ def score_completions(
 REPETITION_N = 4  # n of the n-grams for repetition
 
 
-def generation_figures(completions: Completions, also: Mapping[str, np.ndarray]) -> list[Figure]:
+def generation_figures(completions: Completions, other_rewards: Mapping[str, np.ndarray]) -> list[Figure]:
     """Compute rewards, length, share ended by EOS, distinct-1 and -2, and repetition, with intervals by prompt.
 
     Args:
-        also: other rewards of every completion, by name.
+        other_rewards: other rewards of every completion, by name.
     """
     prompts = completions.prompts
     figures = []
     if completions.rewards is not None:
         figures += _mean_reward("generated/reward", completions.rewards, prompts)
-    for name, values in also.items():
+    for name, values in other_rewards.items():
         figures += _mean_reward(f"generated/reward[{name}]", values, prompts)
     figures.append(mean_figure("generated/length", [len(ids) for ids in completions.ids], prompts))
     figures.append(share_figure("generated/ended", completions.ended, prompts))
@@ -219,16 +221,16 @@ def generation_figures(completions: Completions, also: Mapping[str, np.ndarray])
         span = None if interval is None else (interval.low, interval.high)
         figures.append(Figure(f"generated/distinct_{n}", distinct_n(completions.ids, n), span, len(completions.ids)))
     shares = [repetition(ids, REPETITION_N) for ids in completions.ids]
-    long = [(share, prompt) for share, prompt in zip(shares, prompts.tolist(), strict=True) if share is not None]
-    if long:
-        figures.append(mean_figure("generated/repetition", [s for s, _ in long], [p for _, p in long]))
+    known = [(share, prompt) for share, prompt in zip(shares, prompts.tolist(), strict=True) if share is not None]
+    if known:
+        figures.append(mean_figure("generated/repetition", [s for s, _ in known], [p for _, p in known]))
     return figures
 
 
 def _mean_reward(name: str, values: np.ndarray, prompts: np.ndarray) -> list[Figure]:
     """Mean over the completions that the reward applies to; empty if there are none."""
-    known = np.isfinite(values)
-    return [mean_figure(name, values[known], prompts[known])] if known.any() else []
+    applies = np.isfinite(values)
+    return [mean_figure(name, values[applies], prompts[applies])] if applies.any() else []
 
 
 def generation_kl(scores: TokenScores, completions: Completions, *, sampled: bool) -> list[Figure]:
@@ -293,10 +295,10 @@ def overlap_figures(
     from rouge_score.rouge_scorer import RougeScorer
 
     bleu, signature = _bleu(texts, references, clusters)
-    scorer, how = RougeScorer(list(ROUGE), use_stemmer=stemmer), "on" if stemmer else "off"
+    scorer, stemming = RougeScorer(list(ROUGE), use_stemmer=stemmer), "on" if stemmer else "off"
     scores = [scorer.score_multi(list(refs), text) for text, refs in zip(texts, references, strict=True)]
     rouge = [mean_figure(f"generated/{ours}", [s[n].fmeasure for s in scores], clusters) for n, ours in ROUGE.items()]
-    return [bleu, *rouge], f"BLEU|{signature}; ROUGE F1|stemmer:{how}"
+    return [bleu, *rouge], f"BLEU|{signature}; ROUGE F1|stemmer:{stemming}"
 
 
 def _bleu(
@@ -309,9 +311,9 @@ def _bleu(
     metric = BLEU(force=True)  # no warning about completions that look tokenized
     # the metric object also gives the signature; one stream per reference, as many as the longest list has
     streams = [[r[i] if i < len(r) else None for r in references] for i in range(max(map(len, references)))]
-    whole = metric.corpus_score(list(texts), streams)  # type: ignore[arg-type]
-    if abs(whole.score - interval.estimate) > 1e-6:
-        raise AssertionError(f"BLEU from counts is {interval.estimate}, sacrebleu's own {whole.score}")
+    corpus_bleu = metric.corpus_score(list(texts), streams)  # type: ignore[arg-type]
+    if abs(corpus_bleu.score - interval.estimate) > 1e-6:
+        raise AssertionError(f"BLEU from counts is {interval.estimate}, sacrebleu's own {corpus_bleu.score}")
     return Figure.of("generated/bleu", interval, len(texts), clusters), str(metric.get_signature())
 
 
@@ -354,10 +356,10 @@ def estimate_kl(
     """
     k1, k3 = kl_by_completion(policy, reference, trees, tokens_per_step=tokens_per_step)
     clusters = [i for i, t in enumerate(trees) for _ in t.completion_ids]
-    found = {name: bootstrap_ci(v, clusters=clusters, draws=2000) for name, v in (("kl/policy_ref", k1), ("kl/k3", k3))}
+    cis = {name: bootstrap_ci(v, clusters=clusters, draws=2000) for name, v in (("kl/policy_ref", k1), ("kl/k3", k3))}
     tokens = sum(len(c) for t in trees for c in t.completion_ids)
-    named = {k: v for name, interval in found.items() for k, v in interval.named(name).items()}
-    return named | {"kl/per_token": float(k3.sum()) / tokens, "kl/completions": len(k1)}
+    figures = {k: v for name, interval in cis.items() for k, v in interval.named(name).items()}
+    return figures | {"kl/per_token": float(k3.sum()) / tokens, "kl/completions": len(k1)}
 
 
 def kl_by_completion(
@@ -418,7 +420,7 @@ class CompletionSampler:
         )
 
     @property
-    def asked(self) -> dict[str, Any]:
+    def cache_key(self) -> dict[str, Any]:
         """Everything that completions and their rewards depend on except weights and step, as JSON."""
         digest = hashlib.sha256()
         for ids in self.prompts:
@@ -454,17 +456,18 @@ def gain_figures(rewards: Sequence[float] | np.ndarray, start: Sequence[float] |
         ValueError: the shapes differ.
         RewardError: every reward is NaN.
     """
-    now, then = np.asarray(rewards, dtype=np.float64), np.asarray(start, dtype=np.float64)
-    if now.shape != then.shape:
-        raise ValueError(f"rewards of the same prompts are wanted, not {now.shape} and {then.shape}")
-    known = np.isfinite(now) & np.isfinite(then)  # NaN: the reward does not apply to the completion
-    wins = (now > then) + 0.5 * (now == then)
+    policy, initial = np.asarray(rewards, dtype=np.float64), np.asarray(start, dtype=np.float64)
+    if policy.shape != initial.shape:
+        raise ValueError(f"rewards of the same prompts are wanted, not {policy.shape} and {initial.shape}")
+    applies = np.isfinite(policy) & np.isfinite(initial)  # NaN: the reward does not apply to the completion
+    wins = (policy > initial) + 0.5 * (policy == initial)
     win_rate = (
-        share_ci(wins[known], draws=DRAWS).named("win_rate") | {"win_rate/ties": float((now == then)[known].mean())}
-        if known.any()
+        share_ci(wins[applies], draws=DRAWS).named("win_rate")
+        | {"win_rate/ties": float((policy == initial)[applies].mean())}
+        if applies.any()
         else {}
     )
-    return reward_figures(now) | win_rate
+    return reward_figures(policy) | win_rate
 
 
 def reward_figures(rewards: np.ndarray) -> Metrics:
@@ -473,12 +476,12 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
     Raises:
         RewardError: no prompt has a reward.
     """
-    known = np.isfinite(rewards)
-    if not known.any():
+    applies = np.isfinite(rewards)
+    if not applies.any():
         what = f"gives no value for any of the {counted(len(rewards), 'held-out completion')}"
         raise RewardError("reward", what, "hold out rows that it applies to (data.eval_path), or none")
-    silent = {} if known.all() else {"reward/none": 1.0 - float(known.mean())}
-    return bootstrap_ci(rewards[known], draws=DRAWS).named("reward") | silent
+    missing = {} if applies.all() else {"reward/none": 1.0 - float(applies.mean())}
+    return bootstrap_ci(rewards[applies], draws=DRAWS).named("reward") | missing
 
 
 # ---- the initial model's completions ----
@@ -487,20 +490,20 @@ def reward_figures(rewards: np.ndarray) -> Metrics:
 def completion_rows(completions: Completions, tokenizer: Any) -> list[dict[str, Any]]:
     """Scored completions, one per prompt, as rows for the file."""
     prompts = [tokenizer.decode(tree.prompt_ids.tolist(), skip_special_tokens=True) for tree in completions.trees]
-    both = enumerate(zip(prompts, completions.texts, strict=True))
-    return [{"prompt": prompt, "completion": text, **completions.row(i)} for i, (prompt, text) in both]
+    numbered = enumerate(zip(prompts, completions.texts, strict=True))
+    return [{"prompt": prompt, "completion": text, **completions.row(i)} for i, (prompt, text) in numbered]
 
 
-def save_start(path: Path, asked: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def save_start(path: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Save the initial model's completions and rewards atomically, so that a resumed run compares against the same ones."""
-    write_summed(path, json.dumps({"asked": asked, "completions": list(rows)}, indent=1, ensure_ascii=False))
+    write_summed(path, json.dumps({"asked": settings, "completions": list(rows)}, indent=1, ensure_ascii=False))
 
 
-def load_start_rewards(path: Path, asked: dict[str, Any]) -> np.ndarray | None:
+def load_start_rewards(path: Path, settings: dict[str, Any]) -> np.ndarray | None:
     """Return the rewards of the initial model's completions, (prompts,); None if missing, damaged, or made with other settings."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        if not is_intact(path) or saved["asked"] != json.loads(json.dumps(asked)):
+        if not is_intact(path) or saved["asked"] != json.loads(json.dumps(settings)):
             return None
         return np.array([row["reward"] for row in saved["completions"]], dtype=np.float64)
     except (OSError, ValueError, KeyError, TypeError):
@@ -546,11 +549,11 @@ def evaluate_online(
         metrics |= bootstrap_ci(values, draws=DRAWS).named(f"eval/{name}")
     for name in groups[0].terms:
         values = np.array([float(g.terms[name][0]) for g in groups])
-        if (known := np.isfinite(values)).any():
-            metrics |= bootstrap_ci(values[known], draws=DRAWS).named(f"eval/rewards/{name}/mean")
-            metrics[f"eval/rewards/{name}/std"] = float(values[known].std(ddof=min(1, known.sum() - 1)))
-        if not known.all():
-            metrics[f"eval/rewards/{name}/none"] = 1.0 - float(known.mean())
+        if (applies := np.isfinite(values)).any():
+            metrics |= bootstrap_ci(values[applies], draws=DRAWS).named(f"eval/rewards/{name}/mean")
+            metrics[f"eval/rewards/{name}/std"] = float(values[applies].std(ddof=min(1, applies.sum() - 1)))
+        if not applies.all():
+            metrics[f"eval/rewards/{name}/none"] = 1.0 - float(applies.mean())
     start_rewards = rewards_of_start(rewards) if reward_metrics else None
     if start_rewards is not None:
         gains = gain_figures(rewards, start_rewards)

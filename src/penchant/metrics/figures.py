@@ -32,13 +32,17 @@ class Figure:
     n: int
 
     @staticmethod
-    def of(name: str, found: Interval, n: int, clusters: ArrayLike, map_: Callable[[float], float] = float) -> Figure:
+    def of(
+        name: str, interval: Interval, n: int, clusters: ArrayLike, map_: Callable[[float], float] = float
+    ) -> Figure:
         """Make a figure from an interval, which is dropped if it comes from a single cluster or has zero width.
 
         `map_` is an increasing function, applied to the value and both ends.
         """
-        several = len(np.unique(np.asarray(clusters))) > 1 and found.low < found.high
-        return Figure(name, map_(found.estimate), (map_(found.low), map_(found.high)) if several else None, n)
+        has_interval = len(np.unique(np.asarray(clusters))) > 1 and interval.low < interval.high
+        return Figure(
+            name, map_(interval.estimate), (map_(interval.low), map_(interval.high)) if has_interval else None, n
+        )
 
 
 def mean_figure(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
@@ -47,14 +51,14 @@ def mean_figure(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
     Args:
         values: (n,); clusters: (n,) prompt of each.
     """
-    found = np.asarray(values, dtype=np.float64)
-    return Figure.of(name, bootstrap_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
+    x = np.asarray(values, dtype=np.float64)
+    return Figure.of(name, bootstrap_ci(x, clusters=clusters, draws=DRAWS), len(x), clusters)
 
 
 def share_figure(name: str, values: ArrayLike, clusters: ArrayLike) -> Figure:
     """`mean_figure` for values within [0, 1]; the interval keeps a width even if all rows agree (see `share_ci`)."""
-    found = np.asarray(values, dtype=np.float64)
-    return Figure.of(name, share_ci(found, clusters=clusters, draws=DRAWS), len(found), clusters)
+    x = np.asarray(values, dtype=np.float64)
+    return Figure.of(name, share_ci(x, clusters=clusters, draws=DRAWS), len(x), clusters)
 
 
 def ratio_figure(
@@ -70,9 +74,9 @@ def ratio_figure(
     Args:
         numerators, denominators, clusters: (n,); n: of the figure (default: the number of values).
     """
-    found = bootstrap_ratio(numerators, denominators, clusters=clusters, draws=DRAWS)
+    interval = bootstrap_ratio(numerators, denominators, clusters=clusters, draws=DRAWS)
     count = len(np.asarray(numerators)) if n is None else n
-    return Figure.of(name, found, count, clusters, map_)
+    return Figure.of(name, interval, count, clusters, map_)
 
 
 def exp(value: float) -> float:
@@ -82,13 +86,13 @@ def exp(value: float) -> float:
 
 def flatten(figures: Iterable[Figure]) -> dict[str, Any]:
     """Flatten figures to ``{eval/NAME: value, eval/NAME/ci: [low, high], eval/NAME/n: n}``, the format of a metrics line."""
-    found: dict[str, Any] = {}
+    line: dict[str, Any] = {}
     for f in figures:
-        found[PREFIX + f.name] = f.value
+        line[PREFIX + f.name] = f.value
         if f.interval is not None:
-            found[f"{PREFIX}{f.name}/ci"] = list(f.interval)
-        found[f"{PREFIX}{f.name}/n"] = f.n
-    return found
+            line[f"{PREFIX}{f.name}/ci"] = list(f.interval)
+        line[f"{PREFIX}{f.name}/n"] = f.n
+    return line
 
 
 def prompt_numbers(trees: Sequence[TokenTree]) -> np.ndarray:
@@ -99,5 +103,5 @@ def prompt_numbers(trees: Sequence[TokenTree]) -> np.ndarray:
 
 def prompt_clusters(trees: Sequence[TokenTree]) -> np.ndarray:
     """Cluster indices for intervals: `prompt_numbers`, or each tree by itself if all share one prompt (or have none)."""
-    found = prompt_numbers(trees)
-    return found if found.any() else np.arange(len(trees))
+    numbers = prompt_numbers(trees)
+    return numbers if numbers.any() else np.arange(len(trees))

@@ -84,9 +84,9 @@ def heldout_metrics(
     totals.add(out)
     metrics: dict[str, Any] = dict(totals.means(prefix))
     by_completion = clusters[scored.tree.cpu().numpy()]
-    rows = {"loss": (out.losses, out.weights)} if not out.terms else {}
-    by_row = scored.row_weights is not None
-    for name, (values, weights) in {**rows, **out.metrics}.items():
+    loss_values = {"loss": (out.losses, out.weights)} if not out.terms else {}
+    has_row_weights = scored.row_weights is not None
+    for name, (values, weights) in {**loss_values, **out.metrics}.items():
         # one value per tree or completion, equally weighted: the case for the bootstrap over prompts
         labels = next((c for c in (clusters, by_completion) if len(c) == len(values)), None)
         if name in WITH_INTERVAL and weights is None and labels is not None and len(values) > 1:
@@ -96,7 +96,7 @@ def heldout_metrics(
                 ties = name.removesuffix("accuracies") + "ties"
                 metrics[prefix + ties] = float((values == 0.5).double().mean())
         elif (
-            (name in ("loss", "nll") or (name in WITH_INTERVAL and by_row))
+            (name in ("loss", "nll") or (name in WITH_INTERVAL and has_row_weights))
             and weights is not None
             and labels is not None
             and len(values) > 1
@@ -163,18 +163,18 @@ def _pair_figures(scored: Scored, out: LossOutput, clusters: np.ndarray) -> dict
     def column(values: Tensor | None, slot: int) -> np.ndarray | None:
         return None if values is None else scored.sides(values)[slot].cpu().double().numpy()
 
-    lengths, others = column(scored.lengths, 0), column(scored.lengths, 1)
-    assert lengths is not None and others is not None
-    found: dict[str, Any] = {}
+    lengths, rejected_lengths = column(scored.lengths, 0), column(scored.lengths, 1)
+    assert lengths is not None and rejected_lengths is not None
+    figures: dict[str, Any] = {}
     if "logps/chosen" in out.metrics:  # not for a reward model, whose scores are rewards instead of log-probs
         chosen, reference, weight = (column(v, 0) for v in (scored.policy_logps, scored.ref_logps, scored.row_weights))
         assert chosen is not None
         w = np.ones_like(chosen) if weight is None else weight
-        found |= likelihood_figures(chosen * w, lengths * w, clusters, None if reference is None else reference * w)
+        figures |= likelihood_figures(chosen * w, lengths * w, clusters, None if reference is None else reference * w)
     right, weights = out.metrics.get("rewards/accuracies", (None, None))
     if right is not None and weights is None and len(right) == len(clusters):
-        found |= length_figures(right.cpu().double().numpy(), lengths - others, clusters)
-    return found
+        figures |= length_figures(right.cpu().double().numpy(), lengths - rejected_lengths, clusters)
+    return figures
 
 
 def _prompt_cluster(tree: TokenTree) -> int:
@@ -214,11 +214,11 @@ def likelihood_figures(
             rows have weights, the log-probs and lengths are already multiplied by them.
     """
     policy = np.asarray(chosen, dtype=np.float64)
-    found = _perplexity("perplexity/chosen", mean_ratio(-policy, lengths, clusters))
+    figures = _perplexity("perplexity/chosen", mean_ratio(-policy, lengths, clusters))
     if ref_chosen is not None:
         change = np.asarray(ref_chosen, dtype=np.float64) - policy
-        found |= _perplexity("perplexity_ratio/chosen", mean_ratio(change, lengths, clusters))
-    return found
+        figures |= _perplexity("perplexity_ratio/chosen", mean_ratio(change, lengths, clusters))
+    return figures
 
 
 def _perplexity(name: str, nats: Interval) -> dict[str, Any]:
@@ -361,14 +361,14 @@ def by_length_gap(margins: np.ndarray, gaps: np.ndarray) -> dict[str, Any]:
 
 def pair_quality(margins: np.ndarray, gaps: np.ndarray) -> tuple[dict[str, float], dict[str, Any]]:
     """Return the flat ``eval/...`` figures for the log, and the tables for calibration.json and the report."""
-    fit, length = calibration(margins), by_length_gap(margins, gaps)
+    reliability, length = calibration(margins), by_length_gap(margins, gaps)
     flat = {
-        "eval/calibration/ece": fit["ece"],
-        "eval/calibration/brier": fit["brier"],
+        "eval/calibration/ece": reliability["ece"],
+        "eval/calibration/brier": reliability["brier"],
         "eval/length/longer_wins": length["longer_wins"],
         **{f"eval/length/q{r['quartile']}/accuracy": r["accuracy"] for r in length["quartiles"]},
     }
-    return flat, {"rows": len(margins), "calibration": fit, "length": length}
+    return flat, {"rows": len(margins), "calibration": reliability, "length": length}
 
 
 def format_quality(quality: dict[str, Any]) -> str:

@@ -73,15 +73,15 @@ class Annotator:
             sentences.append(
                 f"{'' if strong else 'slightly '}favors the {side} side ({_percent(self.left)} for the left)"
             )
-        others = self.longer_of_others
+        others_share = self.longer_of_others
         if (
             self.longer is not None
-            and others is not None
-            and not any(self.longer.low <= share <= self.longer.high for share in (others, 0.5))
+            and others_share is not None
+            and not any(self.longer.low <= share <= self.longer.high for share in (others_share, 0.5))
         ):
-            which = "longer" if self.longer.estimate > others else "shorter"
+            preferred = "longer" if self.longer.estimate > others_share else "shorter"
             sentences.append(
-                f"favors {which} answers ({_percent(self.longer)} for the longer, the others {others:.0%})"
+                f"favors {preferred} answers ({_percent(self.longer)} for the longer, the others {others_share:.0%})"
             )
         failed, checks = self.checks
         if failed:
@@ -147,8 +147,8 @@ class HumanVerdict:
         sentences = []
         for pair in self.pairs:
             prompts = self.prompts[pair.name, pair.other]
-            met = f"{pair.name} and {pair.other} met on {counted(prompts, 'prompt')}"
-            doubt = f"{met}, too few for an interval (at least {FEW_ROWS})" if prompts < FEW_ROWS else ""
+            meeting = f"{pair.name} and {pair.other} met on {counted(prompts, 'prompt')}"
+            doubt = f"{meeting}, too few for an interval (at least {FEW_ROWS})" if prompts < FEW_ROWS else ""
             sentences += ComparisonGroup(self.by, [pair], WIN_RATE, len(self.pairs), doubt).sentences(prompts)
         return sentences
 
@@ -157,12 +157,12 @@ class HumanVerdict:
         sentences = []
         if self.alpha is not None:
             a = self.alpha
-            word = "weak" if a.estimate < 0.4 else "moderate" if a.estimate < 0.667 else "good"
+            strength = "weak" if a.estimate < 0.4 else "moderate" if a.estimate < 0.667 else "good"
             sentences.append(
-                f"Agreement is {word}: Krippendorff's alpha {a.estimate:z.2f} [{a.low:z.2f}, {a.high:z.2f}] on "
+                f"Agreement is {strength}: Krippendorff's alpha {a.estimate:z.2f} [{a.low:z.2f}, {a.high:z.2f}] on "
                 f"{counted(self.shared, 'pair')} that several people judged (1 is perfect, 0 is chance)."
             )
-        sentences += [f"{person.name} {what}." for person in self.people for what in person.warnings()]
+        sentences += [f"{person.name} {warning}." for person in self.people for warning in person.warnings()]
         if self.tally["both_bad"] > 0.2 * max(1, self.judged):
             sentences.append(
                 f"Both answers were bad in {self.tally['both_bad']:,} of {self.judged:,} judgments; they count as ties."
@@ -209,11 +209,11 @@ def judge_by_humans(judge: str, models: Sequence[str] = ()) -> HumanVerdict:
         DataError: no such file, or nothing in it. ConfigError: a model without judgments.
     """
     preferences = read_preferences(judge.removeprefix(HUMANS))
-    known = sorted({m for j in preferences.judgements.values() if j.gold is None for m in j.models})
+    available = sorted({m for j in preferences.judgements.values() if j.gold is None for m in j.models})
     for name in models:
-        if name not in known:
+        if name not in available:
             what = f"{name!r} is not a model of {preferences.path}"
-            raise ConfigError("compare", what, f"there are {', '.join(known)}; leave the names out for all")
+            raise ConfigError("compare", what, f"there are {', '.join(available)}; leave the names out for all")
     return human_verdict(preferences, models)
 
 
@@ -231,18 +231,18 @@ def human_verdict(preferences: Preferences, models: Sequence[str] = ()) -> Human
     pairs: list[Pair] = []
     over_people = bool(contests)
     for (a, b), judged in contests.items():
-        pair, people_too = _compare_models(a, b, judged)
-        over_people = over_people and people_too
+        pair, pair_over_people = _compare_models(a, b, judged)
+        over_people = over_people and pair_over_people
         pairs += [pair] if pair is not None else []
     prompts = {m: len({prompt_key(j.prompt) for j in judged}) for m, judged in contests.items()}
-    alpha, shared, unknown = _krippendorff_alpha(counting)
+    alpha, shared, reason = _krippendorff_alpha(counting)
     tally = {kind: sum(j.verdict == kind and j.gold is None for j in judgments) for kind in (*WINS, "skip")}
     tally |= {"undone": preferences.undone}
     only_models = next(iter(contests), None) if len(contests) == 1 else None
     people = [
         _annotator(name, judgments, counting, only_models) for name in dict.fromkeys(j.annotator for j in judgments)
     ]
-    unknown_reasons = (unknown,) if unknown else ()
+    unknown_reasons = (reason,) if reason else ()
     return HumanVerdict(
         str(preferences.path),
         correct_p_values(pairs),
@@ -271,39 +271,39 @@ def _lengths(j: Judgement, model: str) -> tuple[int, int]:
     return (a, b) if j.models[0] == model else (b, a)
 
 
-def _compare_models(a: str, b: str, judged: Sequence[Judgement]) -> tuple[Pair | None, bool]:
+def _compare_models(a: str, b: str, judgments: Sequence[Judgement]) -> tuple[Pair | None, bool]:
     """Compare two models with `compare_judged`, people taking the place of seeds if there are enough; also return whether they did."""
     by_annotator: dict[str, list[Judgement]] = defaultdict(list)
-    for j in judged:
+    for j in judgments:
         by_annotator[j.annotator].append(j)
-    people_too = len(by_annotator) >= MIN_PEOPLE and min(map(len, by_annotator.values())) >= MIN_JUDGMENTS
-    people = list(by_annotator) if people_too else [""]
+    over_people = len(by_annotator) >= MIN_PEOPLE and min(map(len, by_annotator.values())) >= MIN_JUDGMENTS
+    people = list(by_annotator) if over_people else [""]
     prompts: dict[
         str, dict[str, int]
     ] = {}  # prompt -> sample index of every pair, or of every judgment if people are pooled
-    place = {}
-    for j in judged:
+    slot_of = {}
+    for j in judgments:
         slots = prompts.setdefault(prompt_key(j.prompt), {})
-        place[j.id] = slots.setdefault(j.pair if people_too else j.id, len(slots))
+        slot_of[j.id] = slots.setdefault(j.pair if over_people else j.id, len(slots))
     shape = len(prompts), max(map(len, prompts.values()))
     wins = np.full((len(people), 1, *shape), np.nan)
     lengths = np.zeros((2, 1, *shape))
-    at = {prompt: i for i, prompt in enumerate(prompts)}
-    for j in judged:
-        person = people.index(j.annotator) if people_too else 0
-        where = at[prompt_key(j.prompt)], place[j.id]
-        wins[(person, 0, *where)] = score_of(j, a)
-        lengths[(slice(None), 0, *where)] = _lengths(j, a)
+    prompt_number = {prompt: i for i, prompt in enumerate(prompts)}
+    for j in judgments:
+        person = people.index(j.annotator) if over_people else 0
+        index = prompt_number[prompt_key(j.prompt)], slot_of[j.id]
+        wins[(person, 0, *index)] = score_of(j, a)
+        lengths[(slice(None), 0, *index)] = _lengths(j, a)
     candidate = Candidate(a, None, None, np.repeat(lengths[0], len(people), 0))
     pair = compare_judged(candidate, Candidate(b, None, None, lengths[1], fixed=True), wins, chance="people")
     # people saw only some of the pairs and judged all of those, so none counts as unjudged
-    return (None if pair is None else replace(pair, unjudged=0.0)), people_too
+    return (None if pair is None else replace(pair, unjudged=0.0)), over_people
 
 
-def _krippendorff_alpha(counting: Sequence[Judgement]) -> tuple[Interval | None, int, str]:
+def _krippendorff_alpha(judgments: Sequence[Judgement]) -> tuple[Interval | None, int, str]:
     """Krippendorff's alpha with a bootstrap over pairs, the number of pairs that several people judged, and why alpha is None."""
     units: dict[str, dict[str, float]] = defaultdict(dict)
-    for j in counting:
+    for j in judgments:
         units[j.pair].setdefault(j.annotator, WINS[j.verdict])
     shared = [list(scores.values()) for scores in units.values() if len(scores) > 1]
     if not shared:
@@ -328,29 +328,29 @@ def _krippendorff_alpha(counting: Sequence[Judgement]) -> tuple[Interval | None,
         return None, len(shared), "Everybody gave the same verdict on every shared pair, so alpha is not defined."
     rng = np.random.default_rng(0)
     # draw counts of distinct units rather than units: there are few distinct ones, however many units
-    kinds, which = np.unique(counts, axis=0, return_inverse=True)
-    share = np.bincount(which.ravel(), minlength=len(kinds)) / len(counts)
+    kinds, inverse = np.unique(counts, axis=0, return_inverse=True)
+    share = np.bincount(inverse.ravel(), minlength=len(kinds)) / len(counts)
     drawn = [alpha(np.repeat(kinds, n, axis=0)) for n in rng.multinomial(len(counts), share, ALPHA_DRAWS)]
     low, high = np.nanquantile(drawn, [0.025, 0.975])
     return Interval(estimate, float(low), float(high)), len(shared), ""
 
 
 def _annotator(
-    name: str, judgments: Sequence[Judgement], counting: Sequence[Judgement], models: tuple[str, str] | None
+    name: str, judgments: Sequence[Judgement], included: Sequence[Judgement], models: tuple[str, str] | None
 ) -> Annotator:
     all_own = [j for j in judgments if j.annotator == name]
-    own_judgments, others = ([j for j in counting if (j.annotator == name) == own] for own in (True, False))
+    own_judgments, others = ([j for j in included if (j.annotator == name) == is_own] for is_own in (True, False))
     decided = [j for j in own_judgments if j.side is not None]
-    lefts = sum(j.side == "left" for j in decided)
-    long_mine = _prefers_longer(own_judgments)
-    golds = [j for j in all_own if j.gold is not None and j.verdict in WINS]
+    left_votes = sum(j.side == "left" for j in decided)
+    prefers_longer = _prefers_longer(own_judgments)
+    checks = [j for j in all_own if j.gold is not None and j.verdict in WINS]
     by_id = {j.id: j for j in all_own}
-    again = [j for j in all_own if j.repeat_of in by_id and j.verdict in WINS]
-    same = sum(WINS[j.verdict] == WINS.get(by_id[str(j.repeat_of)].verdict) for j in again)
+    repeated = [j for j in all_own if j.repeat_of in by_id and j.verdict in WINS]
+    consistent = sum(WINS[j.verdict] == WINS.get(by_id[str(j.repeat_of)].verdict) for j in repeated)
     others_by_pair: dict[str, list[float]] = defaultdict(list)
     for j in others:
         others_by_pair[j.pair].append(WINS[j.verdict])
-    with_others = [
+    agreements = [
         1.0 - abs(WINS[j.verdict] - float(np.mean(others_by_pair[j.pair])))
         for j in own_judgments
         if j.pair in others_by_pair
@@ -364,13 +364,13 @@ def _annotator(
         wins=share_ci([score_of(j, models[0]) for j in own_judgments], clusters=prompts, draws=2000)
         if own_judgments and models
         else None,
-        left=wilson(lefts, len(decided)) if decided else None,
-        longer=wilson(sum(long_mine), len(long_mine)) if long_mine else None,
+        left=wilson(left_votes, len(decided)) if decided else None,
+        longer=wilson(sum(prefers_longer), len(prefers_longer)) if prefers_longer else None,
         longer_of_others=_median_longer_share(others),
         ties=1.0 - len(decided) / len(own_judgments) if own_judgments else None,
-        again=wilson(same, len(again)) if again else None,
-        with_others=share_ci(with_others, draws=2000) if with_others else None,
-        checks=(sum(j.verdict != j.gold for j in golds), len(golds)),
+        again=wilson(consistent, len(repeated)) if repeated else None,
+        with_others=share_ci(agreements, draws=2000) if agreements else None,
+        checks=(sum(j.verdict != j.gold for j in checks), len(checks)),
         seconds=float(np.median(seconds)) if len(seconds) else None,
         # the shorter of the two: a glance may be enough to reject the other one
         fast=sum(
@@ -381,9 +381,9 @@ def _annotator(
     )
 
 
-def _prefers_longer(judged: Sequence[Judgement]) -> list[bool]:
+def _prefers_longer(judgments: Sequence[Judgement]) -> list[bool]:
     """For each verdict between two answers of different length, whether it favors the longer one."""
-    sizes = [(j, _word_count(j.answers[0]), _word_count(j.answers[1])) for j in judged if j.verdict in ("a", "b")]
+    sizes = [(j, _word_count(j.answers[0]), _word_count(j.answers[1])) for j in judgments if j.verdict in ("a", "b")]
     return [(a > b) == (j.verdict == "a") for j, a, b in sizes if a != b]
 
 
@@ -409,16 +409,16 @@ def _percent(share: Interval) -> str:
     return f"{share.estimate:.0%} [{share.low:.0%}, {share.high:.0%}]"
 
 
-def check_no_other_options(judge: str, asked: Mapping[str, Any]) -> None:
+def check_no_other_options(judge: str, option_values: Mapping[str, Any]) -> None:
     """Refuse options that do not apply to human judgments that already exist.
 
     Raises:
         ConfigError: such an option was given.
         DataError: there is no such file.
     """
-    given = next((name for name, value in asked.items() if value and name != "judge"), None)
-    if given is not None:
-        flag = f"--{given.replace('_', '-')}"
+    option = next((name for name, value in option_values.items() if value and name != "judge"), None)
+    if option is not None:
+        flag = f"--{option.replace('_', '-')}"
         raise ConfigError(
             flag, f"cannot be used with {judge}: its answers are already written and judged", "leave it out"
         )

@@ -86,11 +86,11 @@ def metric(name: str) -> Metric:
         return METRICS[short]
     if short.startswith("generated/reward["):
         return replace(OTHER_REWARD, name=short)
-    if short.startswith("rewards/") and (of_reward := REWARDS.get(short.rpartition("/")[2])):
-        return replace(of_reward, name=short)
+    if short.startswith("rewards/") and (reward_metric := REWARDS.get(short.rpartition("/")[2])):
+        return replace(reward_metric, name=short)
     part, _, rest = short.partition("/")
-    found = METRICS["loss/sft"] if part == "loss" else METRICS.get(rest, Metric("", ""))
-    return replace(found, name=short, label="")
+    entry = METRICS["loss/sft"] if part == "loss" else METRICS.get(rest, Metric("", ""))
+    return replace(entry, name=short, label="")
 
 
 TIES = {"rewards/accuracies": "rewards/ties", "win_rate": "win_rate/ties"}
@@ -136,12 +136,12 @@ def with_current_names(line: Mapping[str, Any]) -> dict[str, Any]:
 
     Evaluations of given answers (their settings have a beta) used to write ``implicit_reward/*`` as ``rewards/*``, the loss's own reward.
     """
-    what = line.get("what")
-    if not isinstance(what, Mapping) or "beta" not in what:
+    settings = line.get("what")
+    if not isinstance(settings, Mapping) or "beta" not in settings:
         return dict(line)
-    named = {
+    renamed = {
         part: {str(k).replace("eval/rewards/", "eval/implicit_reward/"): v for k, v in values.items()}
         for part in ("metrics", "n")
         if isinstance(values := line.get(part), Mapping)
     }
-    return {**line, **named}
+    return {**line, **renamed}

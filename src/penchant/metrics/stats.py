@@ -111,9 +111,9 @@ def bootstrap_ratio(
     if b.sum() <= 0:
         raise ValueError("the denominators sum to nothing")
     member = _cluster_indices(len(a), clusters)
-    above, below = np.bincount(member, weights=a), np.bincount(member, weights=b)
-    parts = [(x, y) for x, y in _resample(above, below, draws, seed)]
-    drawn, weight = np.concatenate([x for x, _ in parts]), np.concatenate([y for _, y in parts])
+    numerator_sums, denominator_sums = np.bincount(member, weights=a), np.bincount(member, weights=b)
+    blocks = [(x, y) for x, y in _resample(numerator_sums, denominator_sums, draws, seed)]
+    drawn, weight = np.concatenate([x for x, _ in blocks]), np.concatenate([y for _, y in blocks])
     low, high = _percentiles(drawn[weight > 0] / weight[weight > 0], level)
     return Interval(float(a.sum() / b.sum()), low, high)
 
@@ -263,8 +263,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))
     highest = 0.0
-    for place, i in enumerate(order.tolist()):
-        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
+    for rank, i in enumerate(order.tolist()):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = highest
     return [float(p) for p in adjusted]
 
@@ -411,8 +411,8 @@ def _equal_length_rate(x: np.ndarray, y: np.ndarray, weights: np.ndarray, steps:
         g0, g1 = error.sum(1) - ridge * theta, error @ x - ridge * phi
         h00, h01, h11 = curve.sum(1) + ridge, curve @ x, curve @ (x * x) + ridge
         det = h00 * h11 - h01 * h01
-        move = np.clip(np.stack((h11 * g0 - h01 * g1, h00 * g1 - h01 * g0)) / det, -2.0, 2.0)
-        theta, phi = theta + move[0], phi + move[1]
-        if np.abs(move).max() < 1e-13:  # converged up to rounding
+        step = np.clip(np.stack((h11 * g0 - h01 * g1, h00 * g1 - h01 * g0)) / det, -2.0, 2.0)
+        theta, phi = theta + step[0], phi + step[1]
+        if np.abs(step).max() < 1e-13:  # converged up to rounding
             break
     return 1.0 / (1.0 + np.exp(-theta))

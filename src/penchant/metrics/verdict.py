@@ -198,12 +198,12 @@ def _has_seed_variance(a: Candidate, b: Candidate) -> bool:
 
 def _variance_sources(a: Candidate, b: Candidate, wins: np.ndarray) -> list[np.ndarray]:
     """A win rate's sources of variance: seeds of either side, prompts. wins: (seeds of a, seeds of b, prompts, ...)."""
-    rest = tuple(range(3, wins.ndim))
+    axes = tuple(range(3, wins.ndim))
     with warnings.catch_warnings():  # the mean of an empty slice is NaN, which the caller checks
         warnings.simplefilter("ignore", RuntimeWarning)
-        of_a, of_b = np.nanmean(wins, (1, 2, *rest)), np.nanmean(wins, (0, 2, *rest))
-    seeds = [of for c, of in ((a, of_a), (b, of_b)) if not c.fixed]
-    return [*seeds, np.nanmean(wins, (0, 1, *rest))]
+        a_means, b_means = np.nanmean(wins, (1, 2, *axes)), np.nanmean(wins, (0, 2, *axes))
+    seeds = [means for c, means in ((a, a_means), (b, b_means)) if not c.fixed]
+    return [*seeds, np.nanmean(wins, (0, 1, *axes))]
 
 
 def _win_rate(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interval:
@@ -275,15 +275,15 @@ def verdict(
     """
     prompts = candidates[0].prompts
     if prompts < FEW_ROWS:
-        why = f"{prompts} prompts are too few for an interval (at least {FEW_ROWS})"
-        return [Sentence(f"No winner is named: {why}.", "open")]
+        reason = f"{prompts} prompts are too few for an interval (at least {FEW_ROWS})"
+        return [Sentence(f"No winner is named: {reason}.", "open")]
     sentences = [_sentence(pair, len(pairs), prompts, what) for pair in pairs]
-    sentences += [s for family in others for s in family.sentences(prompts)]
+    sentences += [s for group in others for s in group.sentences(prompts)]
     single = [c.name for c in candidates if c.seeds == 1 and not c.fixed]
     if single:
-        ending = "has one seed" if len(single) == 1 else "have one seed each"
+        clause = "has one seed" if len(single) == 1 else "have one seed each"
         sentences.append(
-            Sentence(f"{_join_names(single)} {ending}: another seed of the same setting could change this verdict.")
+            Sentence(f"{_join_names(single)} {clause}: another seed of the same setting could change this verdict.")
         )
     return sentences
 
@@ -294,28 +294,28 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
     intervals = ((pair.difference, 0.0), (pair.win_rate, 0.5), (pair.equal_length, 0.5))
     gap, rate, level = (i if i is None or ahead else i.mirrored(about) for i, about in intervals)
     assert gap is not None
-    neither = f"Between {pair.name} and {pair.other} there is no clear winner:"
+    opening = f"Between {pair.name} and {pair.other} there is no clear winner:"
     if pair.ties == 1.0:
-        return Sentence(f"{neither} tied on {prompts} of {prompts} prompts, so {what} cannot tell them apart.", "open")
+        return Sentence(f"{opening} tied on {prompts} of {prompts} prompts, so {what} cannot tell them apart.", "open")
     if gap.estimate == 0.0:
-        near = _format_brackets(gap) if gap.low < gap.high and pair.unjudged is None else ""
-        return Sentence(f"{neither} neither is ahead in {what}{near}.", "open")
-    shown = f"{what} is {gap.estimate:.3f}{_format_brackets(gap)} higher"
+        brackets = _format_brackets(gap) if gap.low < gap.high and pair.unjudged is None else ""
+        return Sentence(f"{opening} neither is ahead in {what}{brackets}.", "open")
+    lead = f"{what} is {gap.estimate:.3f}{_format_brackets(gap)} higher"
     if pair.unjudged is not None and rate is not None:
-        shown = f"win rate is {rate.estimate:.0%}{_format_brackets(rate, '.0%')}"
+        lead = f"win rate is {rate.estimate:.0%}{_format_brackets(rate, '.0%')}"
     elif rate is not None:
-        shown += f", its win rate {rate.estimate:.0%}{_format_brackets(rate, '.0%')}"
-    shown += f", p {_p_clause(pair.corrected)} (corrected for {_count_comparisons(comparisons)})"
-    why = _reason_for_doubt(pair, gap, rate, level, what)
-    if why is None:
-        return Sentence(f"{best} is better than {worst}: its {shown}.{_length_caveat(rate, level)}", "good")
+        lead += f", its win rate {rate.estimate:.0%}{_format_brackets(rate, '.0%')}"
+    lead += f", p {_p_clause(pair.corrected)} (corrected for {_count_comparisons(comparisons)})"
+    reason = _reason_for_doubt(pair, gap, rate, level, what)
+    if reason is None:
+        return Sentence(f"{best} is better than {worst}: its {lead}.{_length_caveat(rate, level)}", "good")
     if pair.corrected >= ALPHA and prompts < MANY_PROMPTS:
-        why += f"; with {prompts} prompts only a large difference shows"
-    return Sentence(f"{neither} {best}'s {shown}; {why}.", "open")
+        reason += f"; with {prompts} prompts only a large difference shows"
+    return Sentence(f"{opening} {best}'s {lead}; {reason}.", "open")
 
 
 def _reason_for_doubt(
-    pair: Pair, gap: Interval, rate: Interval | None, level: Interval | None, what: str
+    pair: Pair, gap: Interval, rate: Interval | None, equal_length: Interval | None, what: str
 ) -> str | None:
     """Why the leading setting is not called better; None if it is."""
     if pair.unjudged is not None and pair.unjudged > MAX_UNJUDGED:
@@ -323,8 +323,8 @@ def _reason_for_doubt(
     if pair.corrected < ALPHA:
         if rate is not None and rate.estimate <= 0.5:
             return f"the figures contradict each other: the higher {what}, and no more wins than losses"
-        if level is not None and level.high < 0.5:
-            return f"the figures contradict each other: at equal length its win rate is {level.estimate:.0%}{_format_brackets(level, '.0%')}"
+        if equal_length is not None and equal_length.high < 0.5:
+            return f"the figures contradict each other: at equal length its win rate is {equal_length.estimate:.0%}{_format_brackets(equal_length, '.0%')}"
         return None if gap.low > 0.0 else _includes_chance(pair)
     if pair.p < ALPHA:
         return f"p {_p_clause(pair.p)} by itself is not small enough among so many comparisons"
@@ -339,33 +339,33 @@ def _includes_chance(pair: Pair) -> str:
     return f"the interval of the {'difference includes 0' if pair.unjudged is None else 'win rate includes 50%'}"
 
 
-def _length_caveat(rate: Interval | None, level: Interval | None) -> str:
-    if rate is None or level is None or level.low > 0.5:
+def _length_caveat(rate: Interval | None, equal_length: Interval | None) -> str:
+    if rate is None or equal_length is None or equal_length.low > 0.5:
         return ""
-    return f" At equal length its win rate is {level.estimate:.0%}{_format_brackets(level, '.0%')}: length may be why it wins."
+    return f" At equal length its win rate is {equal_length.estimate:.0%}{_format_brackets(equal_length, '.0%')}: length may be why it wins."
 
 
 def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:
     """Format comparisons as a plain text table with raw and corrected p-values; `comparisons`: their number (default: these)."""
     by_pairs = any(p.unjudged is not None for p in pairs)  # the win rate already shows the difference
-    lines = [["comparison", *([] if by_pairs else [f"difference of {what}"])]]
-    judged = any(p.win_rate is not None for p in pairs)
-    lines[0] += ["win rate", "at equal length"] if judged else []
-    lines[0] += ["p", f"p corrected for {_count_comparisons(len(pairs) if comparisons is None else comparisons)}"]
+    rows = [["comparison", *([] if by_pairs else [f"difference of {what}"])]]
+    has_win_rates = any(p.win_rate is not None for p in pairs)
+    rows[0] += ["win rate", "at equal length"] if has_win_rates else []
+    rows[0] += ["p", f"p corrected for {_count_comparisons(len(pairs) if comparisons is None else comparisons)}"]
     for p in pairs:
-        line = [f"{p.name} - {p.other}"]
-        line += [] if by_pairs else [f"{p.difference.estimate:.3f}{_format_brackets(p.difference)}"]
-        if judged and p.ties == 1.0:
-            line += ["all tied", "-"]
-        elif judged:
-            line += [f"{i.estimate:.3f}{_format_brackets(i)}" if i else "-" for i in (p.win_rate, p.equal_length)]
-        lines.append([*line, format_p(p.p), format_p(p.corrected)])
-    return columns(lines)
+        row = [f"{p.name} - {p.other}"]
+        row += [] if by_pairs else [f"{p.difference.estimate:.3f}{_format_brackets(p.difference)}"]
+        if has_win_rates and p.ties == 1.0:
+            row += ["all tied", "-"]
+        elif has_win_rates:
+            row += [f"{i.estimate:.3f}{_format_brackets(i)}" if i else "-" for i in (p.win_rate, p.equal_length)]
+        rows.append([*row, format_p(p.p), format_p(p.corrected)])
+    return columns(rows)
 
 
-def _format_brackets(interval: Interval, form: str = ".3f") -> str:
+def _format_brackets(interval: Interval, format_spec: str = ".3f") -> str:
     """The interval in brackets after a space; empty if it has no width."""
-    brackets = format_interval((interval.low, interval.high), form)
+    brackets = format_interval((interval.low, interval.high), format_spec)
     return f" {brackets}" if brackets else ""
 
 

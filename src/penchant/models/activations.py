@@ -21,16 +21,18 @@ class Offloaded(saved_tensors_hooks):
     """
 
     def __init__(self, module: nn.Module, pin: bool) -> None:
-        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        module_storages = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
 
-        def pack(saved: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-            if saved.nbytes < SMALL or saved.untyped_storage().data_ptr() in own:
-                return saved
-            kept = torch.empty(saved.size(), dtype=saved.dtype, layout=saved.layout, pin_memory=pin)
-            return saved.device, kept.copy_(saved, non_blocking=pin)  # safe: the copy back runs on the same stream
+        def pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
+            if tensor.nbytes < SMALL or tensor.untyped_storage().data_ptr() in module_storages:
+                return tensor
+            host_copy = torch.empty(tensor.size(), dtype=tensor.dtype, layout=tensor.layout, pin_memory=pin)
+            return tensor.device, host_copy.copy_(
+                tensor, non_blocking=pin
+            )  # safe: the copy back runs on the same stream
 
-        def unpack(kept: Tensor | tuple[torch.device, Tensor]) -> Tensor:
-            return kept if isinstance(kept, Tensor) else kept[1].to(kept[0], non_blocking=pin)
+        def unpack(stored: Tensor | tuple[torch.device, Tensor]) -> Tensor:
+            return stored if isinstance(stored, Tensor) else stored[1].to(stored[0], non_blocking=pin)
 
         super().__init__(pack, unpack)
 

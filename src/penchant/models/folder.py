@@ -52,31 +52,33 @@ def loading(path: str | Callable[[], str], what: str, how: str) -> Iterator[None
     except (PenchantError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        said = f"{type(error).__name__}: " if isinstance(error, (AttributeError, KeyError, IndexError)) else ""
+        prefix = f"{type(error).__name__}: " if isinstance(error, (AttributeError, KeyError, IndexError)) else ""
         where = path() if callable(path) else path
-        raise ModelError(where, f"{what} ({said}{first_line(error)})", how) from error
+        raise ModelError(where, f"{what} ({prefix}{first_line(error)})", how) from error
 
 
-def read_object(path: Path, most: int = SMALL) -> dict[str, Any]:
+def read_object(path: Path, max_bytes: int = SMALL) -> dict[str, Any]:
     """Read a JSON object from a file of a model folder.
 
     Raises:
         ModelError: the file is too large, not a regular file, not JSON, or not an object.
     """
-    check_file(path, most)
+    check_file(path, max_bytes)
     with loading(str(path), "is not JSON that can be read", "get it again from where the model comes from"):
-        found = json.loads(path.read_bytes())
-    if not isinstance(found, dict):
-        raise ModelError(str(path), f"holds {type(found).__name__} where an object ({{...}}) belongs", "get it again")
-    return found
+        content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ModelError(str(path), f"holds {type(content).__name__} where an object ({{...}}) belongs", "get it again")
+    return content
 
 
-def check_file(path: Path, most: int) -> None:
+def check_file(path: Path, max_bytes: int) -> None:
     """Refuse a file that is far too large, or not a regular file (opening it may block)."""
     if not path.is_file():
         raise ModelError(str(path), "is not a regular file", "get it again from where the model comes from")
-    if path.stat().st_size > most:
-        raise ModelError(str(path), f"has {path.stat().st_size:,} bytes (at most {most:,} are read)", "get it again")
+    if path.stat().st_size > max_bytes:
+        raise ModelError(
+            str(path), f"has {path.stat().st_size:,} bytes (at most {max_bytes:,} are read)", "get it again"
+        )
 
 
 def check_folder(folder: Path) -> None:
@@ -148,9 +150,9 @@ def _check_numbers(path: Path, values: Any, key: str = "") -> None:
             _check_numbers(path, value, key)
     elif isinstance(values, int) and not isinstance(values, bool):
         counts = {} if SIZE.search(key) else COUNTED
-        most = next((most for word, most in counts.items() if word in key.lower()), 2**63 - 1)
-        if abs(values) > most:
-            raise ModelError(str(path), f"{key} is {_short(values)} (at most {most:,})", "get it again")
+        limit = next((limit for word, limit in counts.items() if word in key.lower()), 2**63 - 1)
+        if abs(values) > limit:
+            raise ModelError(str(path), f"{key} is {_short(values)} (at most {limit:,})", "get it again")
 
 
 def _short(number: int) -> str:
@@ -165,23 +167,23 @@ def headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """
     from safetensors import safe_open
 
-    found = {}
+    tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         check_file(path, 1 << 62)
         how = "get it again from where the model comes from"
         with loading(str(path), "its header does not fit the file", how), safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
-                found[name] = (str(part.get_dtype()), tuple(part.get_shape()), path.name)
-    return found
+                tensors[name] = (str(part.get_dtype()), tuple(part.get_shape()), path.name)
+    return tensors
 
 
 def _check_ranks(path: Path, sizes: Iterable[int]) -> None:
     """Check that each rank of an adapter divides a dimension of its weights (several experts side by side have a multiple of it)."""
-    config, known = read_object(path), set(sizes)
+    config, dimensions = read_object(path), set(sizes)
     pattern = config.get("rank_pattern")
     for rank in (config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())):
-        if rank is not None and not (type(rank) is int and rank > 0 and any(size % rank == 0 for size in known)):
+        if rank is not None and not (type(rank) is int and rank > 0 and any(size % rank == 0 for size in dimensions)):
             raise ModelError(str(path), f"says rank {rank!r}, which no weight of the adapter has", "get it again")
 
 
@@ -199,11 +201,11 @@ def check_built(folder: Path, built: Any, *, whole: bool = True) -> None:
     quantized = getattr(built.config, "quantization_config", None) is not None
     if whole and not quantized:
         for name, (dtype, shape, file) in stored.items():
-            wanted = parameters.get(name)
-            if wanted is not None and tuple(wanted.shape) != shape:
-                what = f"{name} has the shape {list(shape)}, but config.json makes it {list(wanted.shape)}"
+            parameter = parameters.get(name)
+            if parameter is not None and tuple(parameter.shape) != shape:
+                what = f"{name} has the shape {list(shape)}, but config.json makes it {list(parameter.shape)}"
                 raise ModelError(str(folder / file), what, "get both files again")
-            if wanted is not None and not re.match(r"B?F\d", dtype):
+            if parameter is not None and not re.match(r"B?F\d", dtype):
                 what = f"{name} is of type {dtype}, which is not a floating-point type"
                 raise ModelError(str(folder / file), what, "get it again")
     files = [p.stat().st_size for pattern in ("*.safetensors", "*.bin") for p in folder.glob(pattern)]
@@ -224,14 +226,14 @@ def check_finite(path: str, named: Iterable[tuple[str, Any]]) -> None:
                 raise ModelError(path, f"the weight {name} holds NaN or infinite numbers", "get the model again")
 
 
-def check_layers(path: str, left: Iterable[str], config: Any) -> None:
+def check_layers(path: str, leftover_names: Iterable[str], config: Any) -> None:
     """Refuse a folder with weights for more layers than its config has: transformers would ignore them silently."""
     layers = getattr(config, "num_hidden_layers", None)
     if not isinstance(layers, int) or getattr(config, "num_nextn_predict_layers", None):
         return
-    for name in left:
-        found = PLACES.search(f".{name}")
-        if found and int(found[1]) >= layers:
+    for name in leftover_names:
+        match = PLACES.search(f".{name}")
+        if match and int(match[1]) >= layers:
             raise ModelError(path, f"holds {name}, but config.json says {layers} layers", "get config.json again")
 
 
@@ -252,9 +254,9 @@ _spent = _Spent()
 def _step(written: int = 0) -> None:
     _spent.steps += 1
     _spent.written += written
-    late = _spent.steps > STEPS and time.monotonic() - _spent.started > SECONDS
-    if late or _spent.written > LONGEST:
-        what = f"does not end within {SECONDS:.0f} s" if late else f"writes more than {LONGEST:,} characters"
+    timed_out = _spent.steps > STEPS and time.monotonic() - _spent.started > SECONDS
+    if timed_out or _spent.written > LONGEST:
+        what = f"does not end within {SECONDS:.0f} s" if timed_out else f"writes more than {LONGEST:,} characters"
         raise ModelError("the chat template", what, "fix it in the tokenizer's folder, or remove it")
 
 
@@ -276,10 +278,10 @@ def bound_templates() -> None:
         return
     from jinja2 import Template, nodes
 
-    compiled = theirs._compile_jinja_template
-    plain: Any = type(compiled("").environment)
+    original_compile = theirs._compile_jinja_template
+    environment_class: Any = type(original_compile("").environment)
 
-    class Bounded(plain):  # type: ignore[misc]
+    class Bounded(environment_class):  # type: ignore[misc]
         intercepted_binops = frozenset(("*", "**", "+"))
 
         def _parse(self, *source: Any) -> Any:
@@ -295,15 +297,15 @@ def bound_templates() -> None:
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
             sizes = [abs(v).bit_length() if isinstance(v, int) else 64 for v in (left, right)]
             lengths = [len(v) if hasattr(v, "__len__") else v if isinstance(v, int) else 1 for v in (left, right)]
-            both = all(isinstance(v, (int, float)) for v in (left, right))
+            both_numbers = all(isinstance(v, (int, float)) for v in (left, right))
             _step()
             if operator == "**":
-                good = both and (abs(right) * sizes[0] <= 4096)
+                allowed = both_numbers and (abs(right) * sizes[0] <= 4096)
             elif operator == "*":
-                good = sum(sizes) <= 8192 if both else lengths[0] * lengths[1] <= LONGEST
+                allowed = sum(sizes) <= 8192 if both_numbers else lengths[0] * lengths[1] <= LONGEST
             else:
-                good = both or sum(lengths) <= LONGEST
-            if not good:
+                allowed = both_numbers or sum(lengths) <= LONGEST
+            if not allowed:
                 raise ModelError("the chat template", f"computes something too large ({operator})", "fix it")
             return super().call_binop(context, operator, left, right)
 
@@ -322,7 +324,7 @@ def bound_templates() -> None:
 
     @lru_cache
     def bounded(template: str) -> Any:
-        environment = compiled("").environment.overlay(finalize=finalize)
+        environment = original_compile("").environment.overlay(finalize=finalize)
         environment.__class__, environment.template_class = Bounded, Limited
         slow = ("wordwrap", "urlize")  # quadratic time in the length of a text
         environment.filters = {k: f for k, f in environment.filters.items() if k not in slow}
@@ -351,10 +353,10 @@ def check_template(path: str, tokenizer: Any) -> None:
     if not all(isinstance(t, str) for t in templates):
         raise ModelError(path, f"its chat_template is {type(template).__name__}, not a text", "fix or remove it")
     turns = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "That."}]
-    for asked, generate in ((turns[:1], True), (turns, False)):
+    for messages, generate in ((turns[:1], True), (turns, False)):
         try:
             with _little_memory():
-                tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=generate)
+                tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
         except ModelError as error:
             raise ModelError(path, f"its chat template {error.what}", error.how) from error
         except MemoryError as error:
@@ -369,9 +371,9 @@ def _little_memory() -> Iterator[None]:
     limits = resource.getrlimit(resource.RLIMIT_AS)
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + MEMORY
-        if limits[0] == resource.RLIM_INFINITY or most < limits[0]:
-            resource.setrlimit(resource.RLIMIT_AS, (most, limits[1]))
+        limit = pages * resource.getpagesize() + MEMORY
+        if limits[0] == resource.RLIM_INFINITY or limit < limits[0]:
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limits[1]))
     except (OSError, ValueError):
         pass  # not Linux
     try:

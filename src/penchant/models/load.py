@@ -50,13 +50,13 @@ def resolve_device(device: str) -> torch.device:
     """The device to use; ``auto`` is an NVIDIA (AMD) GPU if there is one, else the CPU. ConfigError if torch cannot use the device here."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    why = why_not(torch.device(device).type)
-    if why:
-        raise ConfigError("model.device", why, "set model.device=cpu or auto")
+    reason = why_not(torch.device(device).type)
+    if reason:
+        raise ConfigError("model.device", reason, "set model.device=cpu or auto")
     place = torch.device(device)
     if place.index is not None and place.index >= (count := accelerator(place.type).device_count()):
-        there = ", ".join(f"{place.type}:{i}" for i in range(count))
-        raise ConfigError("model.device", f"there is no {device} here, only {there}", "give one of those")
+        available = ", ".join(f"{place.type}:{i}" for i in range(count))
+        raise ConfigError("model.device", f"there is no {device} here, only {available}", "give one of those")
     return place
 
 
@@ -113,10 +113,10 @@ def load_tokenizer(path: str, revision: str | None = None) -> Any:
     """Load and check a tokenizer; ModelError if there is none."""
     from transformers import AutoTokenizer
 
-    given = check_model_path(path, "tokenizer_config.json")
-    check_folder(Path(given))
+    source = check_model_path(path, "tokenizer_config.json")
+    check_folder(Path(source))
     with loading(lambda: _odd_tokenizer_file(path), "no tokenizer could be loaded", "set model.tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(given, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
         len(tokenizer), tokenizer("A", add_special_tokens=True)
     check_template(path, tokenizer)
     return tokenizer
@@ -135,28 +135,32 @@ def load_processor(cfg: ModelConfig) -> Any:
     """
     from transformers import AutoProcessor
 
-    given = check_model_path(cfg.path)
-    check_folder(Path(given))
-    read: Any = partial(AutoProcessor.from_pretrained, given, revision=cfg.revision, trust_remote_code=False)
+    source = check_model_path(cfg.path)
+    check_folder(Path(source))
+    load: Any = partial(AutoProcessor.from_pretrained, source, revision=cfg.revision, trust_remote_code=False)
     with loading(
         cfg.path, "no image processor could be loaded", "give a vision-language model, or set model.vision=off"
     ):
         try:
-            processor: Any = read(**cfg.image_options)
+            processor: Any = load(**cfg.image_options)
         except (ImportError, AttributeError) as error:
             if importlib.util.find_spec("torchvision") is not None and importlib.util.find_spec("PIL") is not None:
                 raise
             what = f"the model's processor needs Pillow and torchvision ({first_line(error)})"
             raise ConfigError("model.vision", what, "pip install 'penchant[vision]'") from error
-        eyes, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
-        if eyes is None or tokenizer is None:
+        image_processor, tokenizer = getattr(processor, "image_processor", None), getattr(processor, "tokenizer", None)
+        if image_processor is None or tokenizer is None:
             raise ModelError(cfg.path, "its processor has no image processor", "set model.vision=off")
         # a name may be an alias that changes another setting, like max_pixels
-        further = sorted(set(cfg.image_options) - set(vars(eyes)))
-        unknown = [n for n in further if read(**{n: cfg.image_options[n]}).to_json_string() == read().to_json_string()]
+        other_options = sorted(set(cfg.image_options) - set(vars(image_processor)))
+        unknown = [
+            n for n in other_options if load(**{n: cfg.image_options[n]}).to_json_string() == load().to_json_string()
+        ]
         if unknown:
-            how = f"it has {', '.join(sorted(n for n in vars(eyes) if not n.startswith('_')))}"
-            raise ConfigError(f"model.image_options.{unknown[0]}", f"is not a setting of {type(eyes).__name__}", how)
+            how = f"it has {', '.join(sorted(n for n in vars(image_processor) if not n.startswith('_')))}"
+            raise ConfigError(
+                f"model.image_options.{unknown[0]}", f"is not a setting of {type(image_processor).__name__}", how
+            )
     if tokenizer.chat_template is None:
         tokenizer.chat_template = getattr(processor, "chat_template", None)
     check_template(cfg.path, tokenizer)
@@ -167,9 +171,9 @@ def processor_sha256(processor: Any) -> str:
     """SHA-256 of everything that affects how a processor encodes pictures: its settings and the library versions."""
     import transformers
 
-    told = [type(processor.image_processor).__name__, processor.to_json_string(), transformers.__version__]
-    told += [str(getattr(sys.modules.get(name), "__version__", None)) for name in ("PIL", "torchvision")]
-    return hashlib.sha256("\0".join(told).encode()).hexdigest()
+    parts = [type(processor.image_processor).__name__, processor.to_json_string(), transformers.__version__]
+    parts += [str(getattr(sys.modules.get(name), "__version__", None)) for name in ("PIL", "torchvision")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def _odd_tokenizer_file(path: str) -> str:
@@ -223,10 +227,12 @@ def held_in(cfg: ModelConfig, dtype: torch.dtype, frozen: bool, shards: bool = F
     if cfg.quantize != "none" or cfg.init == "random" or (dtype != torch.bfloat16 and not shards):
         return torch.float32
     folder = Path(check_model_path(cfg.path))
-    stored = {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and (shards or not frozen) else set()
+    stored_dtypes = (
+        {kind for kind, *_ in headers(folder).values()} if folder.is_dir() and (shards or not frozen) else set()
+    )
     if shards:
-        return torch.bfloat16 if stored == {"BF16"} else torch.float32
-    return dtype if frozen or stored == {"BF16"} else torch.float32
+        return torch.bfloat16 if stored_dtypes == {"BF16"} else torch.float32
+    return dtype if frozen or stored_dtypes == {"BF16"} else torch.float32
 
 
 def _load(
@@ -240,31 +246,33 @@ def _load(
     """Load and check a model; the tests cache this function by the bytes of the folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    folder, how_to = Path(path), "give a folder or hub id of a causal model"
+    folder, how = Path(path), "give a folder or hub id of a causal model"
     auto: Any = AutoModelForImageTextToText if cfg.sees else AutoModelForCausalLM
-    with loading(config_of(path), "the model could not be loaded", how_to):
+    with loading(config_of(path), "the model could not be loaded", how):
         config = AutoConfig.from_pretrained(path, revision=cfg.revision, trust_remote_code=False)
-        text = config if cfg.sees else text_config(config)
+        model_config = config if cfg.sees else text_config(config)
         if cfg.sees and type(config) not in AutoModelForImageTextToText._model_mapping:
             what = f"a model of type {config.model_type} takes no pictures"
             raise ConfigError("model.vision", what, "set model.vision=off, or take a vision-language model")
         if folder.is_dir():
-            check_built(folder, on_meta(auto, text), whole=text is config)
+            check_built(folder, on_meta(auto, model_config), whole=model_config is config)
         if within != torch.float32:
-            outline = on_meta(auto, text, within)
+            outline = on_meta(auto, model_config, within)
             if any(b.is_floating_point() and b.dtype != torch.float32 for b in outline.buffers()):
                 within = torch.float32  # else buffers would be cast too: rotary ones in bf16 turn far positions wrongly
-    with loading(cfg.path, "the model could not be loaded", how_to):
+    with loading(cfg.path, "the model could not be loaded", how):
         if cfg.init == "random":
             torch.manual_seed(seed)
-            model = auto.from_config(text, dtype=torch.float32)
+            model = auto.from_config(model_config, dtype=torch.float32)
         else:
-            how = {"revision": cfg.revision, "dtype": within, "trust_remote_code": False} | _quantization(cfg, device)
-            part = {} if cfg.sees else _text_part(config)
-            with without_report() if part else nullcontext():
-                loaded: Any = auto.from_pretrained(path, output_loading_info=True, **how, **part)
+            options = {"revision": cfg.revision, "dtype": within, "trust_remote_code": False} | _quantization(
+                cfg, device
+            )
+            text_options = {} if cfg.sees else _text_part(config)
+            with without_report() if text_options else nullcontext():
+                loaded: Any = auto.from_pretrained(path, output_loading_info=True, **options, **text_options)
             model, info = loaded
-            if text is not config:  # else it would be saved under the multimodal model's weight names
+            if model_config is not config:  # else it would be saved under the multimodal model's weight names
                 vars(model).pop("_weight_conversions", None)
             _check_complete(cfg.path, info)
             if config.get_text_config() is config:  # in a multimodal folder the vision tower has layers of its own
@@ -294,15 +302,15 @@ def _quantization(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if cfg.quantize == "int8":
-        how = BitsAndBytesConfig(load_in_8bit=True)
+        quantization = BitsAndBytesConfig(load_in_8bit=True)
     else:
-        how = BitsAndBytesConfig(
+        quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,  # `cast_parameters` changes it
         )
-    return {"quantization_config": how, "device_map": {"": device}}
+    return {"quantization_config": quantization, "device_map": {"": device}}
 
 
 def is_quantized(layer: Any) -> bool:
@@ -315,14 +323,14 @@ def quantized_bytes(model: nn.Module, bits: str) -> tuple[int, int, int]:
 
     nf4: half a byte per weight, a byte per block of 64 and 4 bytes per 256 blocks; int8: a byte per weight and 4 bytes per row.
     """
-    head, count, held, largest = base_model_of(model).get_output_embeddings(), 0, 0, 0
+    head, count, stored_bytes, largest = base_model_of(model).get_output_embeddings(), 0, 0, 0
     for name, layer in base_model_of(model).named_modules():
         if isinstance(layer, nn.Linear) and layer is not head and "lora_" not in name and bits != "none":
             n = layer.weight.numel()
             blocks = -(-n // 64)
             count, largest = count + n, max(largest, n)
-            held += n + 4 * layer.out_features if bits == "int8" else n // 2 + blocks + 4 * -(-blocks // 256)
-    return count, held, largest
+            stored_bytes += n + 4 * layer.out_features if bits == "int8" else n // 2 + blocks + 4 * -(-blocks // 256)
+    return count, stored_bytes, largest
 
 
 def whole_weight(layer: Any, name: str = "weight") -> Tensor:
@@ -332,8 +340,8 @@ def whole_weight(layer: Any, name: str = "weight") -> Tensor:
     if kind == "Params4bit":
         state = copy.copy(weight.quant_state)
         state.dtype = torch.float32
-        whole: Tensor = importlib.import_module("bitsandbytes").functional.dequantize_4bit(weight.data, state)
-        return whole
+        fp32_weight: Tensor = importlib.import_module("bitsandbytes").functional.dequantize_4bit(weight.data, state)
+        return fp32_weight
     if kind == "Int8Params":
         return weight.data.float() * (weight.SCB / 127.0)[:, None]  # type: ignore[no-any-return]
     return weight.detach()  # type: ignore[no-any-return]
@@ -356,8 +364,8 @@ class _WeightOnly(torch.autograd.Function):
 
 
 def _int8_forward(self: Any, x: Tensor) -> Tensor:
-    found = cast(Tensor, _WeightOnly.apply(x, self))  # type: ignore[no-untyped-call]
-    return found if self.bias is None else found + self.bias.to(found.dtype)
+    out = cast(Tensor, _WeightOnly.apply(x, self))  # type: ignore[no-untyped-call]
+    return out if self.bias is None else out + self.bias.to(out.dtype)
 
 
 def _settle_quantized(model: nn.Module) -> None:
@@ -375,9 +383,9 @@ def dequantized(model: Any) -> Any:
     """Replace a model's quantized layers by plain linear layers with the same weights in fp32."""
     for name, layer in list(model.named_modules()):
         if is_quantized(layer):
-            whole = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            whole.weight, whole.bias = nn.Parameter(whole_weight(layer)), layer.bias
-            model.set_submodule(name, whole)
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+            linear.weight, linear.bias = nn.Parameter(whole_weight(layer)), layer.bias
+            model.set_submodule(name, linear)
     model.hf_quantizer.remove_quantization_config(model)
     return model
 
@@ -398,8 +406,8 @@ def source_sha256(source: ModelConfig, model: nn.Module, dtype: torch.dtype | No
         else Path(str(cached_file(path, "config.json", revision=source.revision))).parent
     )
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    named = [source.quantize, *(f"{p.name}:{file_sha256(p)}" for p in files)]
-    return hashlib.sha256(";".join(named).encode()).hexdigest()
+    parts = [source.quantize, *(f"{p.name}:{file_sha256(p)}" for p in files)]
+    return hashlib.sha256(";".join(parts).encode()).hexdigest()
 
 
 def on_meta(auto: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
@@ -410,8 +418,8 @@ def on_meta(auto: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
 
 def _check_complete(path: str, info: Mapping[str, Any]) -> None:
     """Refuse a folder without a complete language model: transformers would initialize missing weights at random and go on."""
-    missing, left = (sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys"))
-    heads = [n for n in left if n.split(".")[0] in ("score", "classifier")]
+    missing, unexpected = (sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys"))
+    heads = [n for n in unexpected if n.split(".")[0] in ("score", "classifier")]
     if heads:
         what = f"this is a classifier or reward model (it has {heads[0]}), which writes nothing"
         raise ModelError(path, what, "give the language model")
@@ -435,9 +443,9 @@ def _text_part(config: Any) -> dict[str, Any]:
     text = text_config(config)
     if text is config:
         return {}
-    weights = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # older and newer folders name weights differently
-    weights[r"^(model\.)?(language|text)_model\.(?!lm_head)(model\.)?"] = "model."
-    return {"config": text, "key_mapping": weights}
+    key_mapping = {r"^(model\.)?language_model\.lm_head": "lm_head"}  # older and newer folders name weights differently
+    key_mapping[r"^(model\.)?(language|text)_model\.(?!lm_head)(model\.)?"] = "model."
+    return {"config": text, "key_mapping": key_mapping}
 
 
 @contextmanager
@@ -445,12 +453,12 @@ def without_report() -> Iterator[None]:
     """Silence transformers' report of unused and newly initialized weights, for loads where both are intended."""
     from transformers.utils import logging
 
-    before = logging.get_verbosity()
+    verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(before)
+        logging.set_verbosity(verbosity)
 
 
 def _check_behavior(path: str, model: Any) -> None:
@@ -460,8 +468,8 @@ def _check_behavior(path: str, model: Any) -> None:
         ModelError: two passes in train mode, or train and eval mode, differ (dropout), an earlier token's logits depend on a later one
             (an encoder), logits are not finite, or the model does not run on text alone.
     """
-    rows, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
-    numbers = torch.Generator().manual_seed(0)
+    vocab, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
 
     def logits(ids: Tensor) -> Tensor:
         return cast(Tensor, model(input_ids=ids, **without_cache(model)).logits.float())
@@ -469,43 +477,44 @@ def _check_behavior(path: str, model: Any) -> None:
     def passes() -> tuple[Tensor, Tensor, Tensor, Tensor]:
         # more rows if the model draws random numbers at all: some draws rarely matter
         for batch in (1, 16):
-            ids, others = (torch.randint(0, rows, (batch, 16), generator=numbers).to(device) for _ in range(2))
+            ids, others = (torch.randint(0, vocab, (batch, 16), generator=generator).to(device) for _ in range(2))
             with quiet(model, training=True):
-                before = _random_state(device)
-                first, again = logits(ids), logits(ids)
-                drew = not torch.equal(before, _random_state(device))
-                later = logits(torch.cat((ids[:, :8], others[:, 8:]), dim=1))
-            if not drew:
+                state = _random_state(device)
+                first, second = logits(ids), logits(ids)
+                is_random = not torch.equal(state, _random_state(device))
+                changed = logits(torch.cat((ids[:, :8], others[:, 8:]), dim=1))
+            if not is_random:
                 break
         with quiet(model):
-            return first, again, logits(ids), (first - later)[:, :8].abs().max()
+            return first, second, logits(ids), (first - changed)[:, :8].abs().max()
 
     try:
         try:
-            first, again, evaluated, later = passes()
-            unclear = not _in_fp32(model) and not float(later) <= 1e-3 * float(first.std())
+            first, second, in_eval, leak = passes()
+            unclear = not _in_fp32(model) and not float(leak) <= 1e-3 * float(first.std())
         except RuntimeError:
             unclear = not _in_fp32(model)  # `check_precision` reports models that do not run in 16 bits
             if not unclear:
                 raise
         if unclear:
             with widened(model):
-                first, again, evaluated, later = passes()
+                first, second, in_eval, leak = passes()
     except Exception as error:  # a model that needs more than ids may raise anything
         how = "give a causal language model"
         raise ModelError(path, f"the model does not run on text alone ({first_line(error)})", how) from error
     if not bool(torch.isfinite(first).all()):
         raise ModelError(path, "the model's logits are NaN or infinite", "get its weights and its config.json again")
     size = float(first.std()) + 1e-12
-    for other, what in ((again, "two passes over one row in train mode"), (evaluated, "train mode and eval mode")):
+    for other, comparison in ((second, "two passes over one row in train mode"), (in_eval, "train mode and eval mode")):
         if not float((first - other).abs().max()) <= 1e-4 * size:
             raise ModelError(
                 path,
-                f"{what} give different logits: the model has dropout (or other randomness) that cannot be turned off here",
+                f"{comparison} give different logits: the model has dropout (or other randomness) that cannot be turned off here",
                 "set its dropout to 0 in config.json",
             )
-    coarse = not all(p.is_floating_point() for p in model.parameters())  # quantized weights are multiplied in 16 bits
-    if not float(later) <= (0.1 if coarse else 1e-3) * size:
+    # quantized weights are multiplied in 16 bits
+    quantized = not all(p.is_floating_point() for p in model.parameters())
+    if not float(leak) <= (0.1 if quantized else 1e-3) * size:
         raise ModelError(
             path,
             "the logits of a token depend on later tokens: this is an encoder, or reads both ways",
@@ -525,7 +534,7 @@ def _random_state(device: torch.device) -> Tensor:
 @contextmanager
 def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
     """Context for probing a model: no gradient, eval mode (or train mode), random state restored afterwards."""
-    before = model.training
+    was_training = model.training
     devices = [p.device for p in itertools.islice(model.parameters(), 1) if p.device.type in NAMES]
     kind = devices[0].type if devices else "cuda"
     model.train(training)
@@ -533,16 +542,16 @@ def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
         with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=kind):
             yield
     finally:
-        model.train(before)
+        model.train(was_training)
 
 
 @contextmanager
 def widened(model: nn.Module) -> Iterator[None]:
     """Context with a model's bf16 (fp16) parameters in fp32, lossless both ways; matrix products on a GPU use fp32, not TF32."""
-    low = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
+    originals = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
     matmul = torch.backends.cuda.matmul
     tf32 = next(model.parameters()).device.type == "cuda" and matmul.allow_tf32
-    for p, _ in low:
+    for p, _ in originals:
         p.data = p.data.float()
     if tf32:
         matmul.allow_tf32 = False
@@ -551,15 +560,15 @@ def widened(model: nn.Module) -> Iterator[None]:
     finally:
         if tf32:
             matmul.allow_tf32 = True
-        for p, dtype in low:
+        for p, dtype in originals:
             p.data = p.data.to(dtype)
 
 
 def without_cache(part: Any) -> dict[str, Any]:
     """Arguments that keep a model's `forward` from making a KV cache; {} if it has no such option."""
     parameters = inspect.signature(part.forward).parameters
-    takes = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    return {"use_cache": False} if takes else {}
+    supported = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return {"use_cache": False} if supported else {}
 
 
 def own_memory(model: nn.Module) -> None:
@@ -579,9 +588,9 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
     Buffers (rotary frequencies) stay in fp32: in bf16 they would rotate far positions wrongly.
     """
     for name, p in model.named_parameters():
-        wanted = torch.promote_types(dtype, torch.float32) if stays_wide(model, name) else dtype
-        if p.is_floating_point() and p.dtype != wanted:
-            p.data = p.data.to(wanted)
+        target = torch.promote_types(dtype, torch.float32) if stays_wide(model, name) else dtype
+        if p.is_floating_point() and p.dtype != target:
+            p.data = p.data.to(target)
     for layer in model.modules():
         if type(getattr(layer, "weight", None)).__name__ == "Params4bit":
             layer.compute_dtype = layer.weight.quant_state.dtype = dtype  # type: ignore[union-attr, assignment]
@@ -592,8 +601,8 @@ def cast_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 def stays_wide(model: nn.Module, name: str) -> bool:
     """Whether a parameter stays in fp32 in a 16-bit model, as in transformers: in some families the router's."""
-    kept = getattr(base_model_of(model), "_keep_in_fp32_modules_strict", None) or ()
-    return "lora_" not in name and any(part in plain_name(name) for part in kept)
+    fp32_modules = getattr(base_model_of(model), "_keep_in_fp32_modules_strict", None) or ()
+    return "lora_" not in name and any(part in plain_name(name) for part in fp32_modules)
 
 
 def add_lora(
@@ -631,12 +640,12 @@ def add_lora(
             with _adapters_in_fp32():
                 adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
     except ValueError as error:
-        what, other = first_line(error), "name" if targets == "all-linear" else 'use "all-linear" or names of'
+        what, how = first_line(error), "name" if targets == "all-linear" else 'use "all-linear" or names of'
         if "not found in the base model" in what:
             what = f"{targets if isinstance(targets, str) else ', '.join(targets)}: this model has no such layers"
         if isinstance(targets, str) and "," in targets:
-            other = f"a list is written [{', '.join(t.strip() for t in targets.split(','))}]; {other}"
-        raise ConfigError("lora.target_modules", what, f"{other} linear layers of this model") from error
+            how = f"a list is written [{', '.join(t.strip() for t in targets.split(','))}]; {how}"
+        raise ConfigError("lora.target_modules", what, f"{how} linear layers of this model") from error
     check_adapter(adapted)
     return adapted
 
@@ -646,17 +655,17 @@ def _adapters_in_fp32() -> Iterator[None]:
     """Create adapters in fp32 even on bf16 weights; peft would cast them to bf16."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = BaseTunerLayer._get_base_layer_device_and_dtype
+    original = BaseTunerLayer._get_base_layer_device_and_dtype
 
     def wide(self: Any, layer: Any) -> tuple[Any, Any]:
-        device, dtype = found(self, layer)
+        device, dtype = original(self, layer)
         return device, torch.float32 if dtype == torch.bfloat16 else dtype
 
     BaseTunerLayer._get_base_layer_device_and_dtype = wide  # type: ignore[method-assign]
     try:
         yield
     finally:
-        BaseTunerLayer._get_base_layer_device_and_dtype = found  # type: ignore[method-assign]
+        BaseTunerLayer._get_base_layer_device_and_dtype = original  # type: ignore[method-assign]
 
 
 def _below(modules: Sequence[str]) -> str:
@@ -691,44 +700,46 @@ def check_adapter(model: Any) -> None:
     if any(map(is_quantized, base.modules())):  # all are linear layers; merging dequantizes, and checks the logits then
         return
     updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if _starts_at_zero(n)]
-    before = [p.detach().clone() for p in updates]
+    initial = [p.detach().clone() for p in updates]
     others = [m for _, m in adapters_of(base) if all(m is not chosen for _, chosen in kinds.values())]
     ids = torch.arange(12, device=next(base.parameters()).device)[None] + 1
 
-    def logits(without: Sequence[Any]) -> Tensor:
-        for module in without:
+    def logits(disabled: Sequence[Any]) -> Tensor:
+        for module in disabled:
             module._disable_adapters = True
         try:
             return cast(Tensor, base(input_ids=ids, **without_cache(base)).logits)
         finally:
-            for module in without:
+            for module in disabled:
                 module._disable_adapters = False
 
     # in bf16 a merged weight would be rounded, and the layers above amplify the error
     with widened(model), quiet(model):
-        every = [m for _, m in adapters_of(base)]
+        adapters = [m for _, m in adapters_of(base)]
         try:
             for p in updates:
                 p.data.add_(torch.randn_like(p), alpha=0.1)
             with _names_where_it_fails(kinds.values()):
-                adapter = logits(others)
-            whole = {name: (_adapted(module), merged_weight(module)) for name, module in kinds.values()}
+                adapter_logits = logits(others)
+            merged_weights = {name: (_adapted(module), merged_weight(module)) for name, module in kinds.values()}
         finally:
-            for p, own in zip(updates, before, strict=True):
+            for p, own in zip(updates, initial, strict=True):
                 p.data.copy_(own)
-        start = logits(every)
-        kept = [(p, p.data) for p, _ in whole.values()]
+        base_logits = logits(adapters)
+        originals = [(p, p.data) for p, _ in merged_weights.values()]
         try:
-            for p, merged in whole.values():
+            for p, merged in merged_weights.values():
                 p.data = merged.to(p.dtype)
-            away = float((logits(every) - adapter).abs().max())
+            difference = float((logits(adapters) - adapter_logits).abs().max())
         finally:
-            for p, data in kept:
+            for p, data in originals:
                 p.data = data
-    if not away <= 1e-3 * max(float((adapter - start).abs().max()), 1e-3 * float(start.abs().max())):
+    if not difference <= 1e-3 * max(
+        float((adapter_logits - base_logits).abs().max()), 1e-3 * float(base_logits.abs().max())
+    ):
         raise ConfigError(
             "lora.target_modules",
-            f"merging an adapter of this model changes its logits by {away:.2g}",
+            f"merging an adapter of this model changes its logits by {difference:.2g}",
             "name the attention's projections only, e.g. [q_proj, v_proj]",
         )
 
@@ -789,9 +800,9 @@ def merged_weight(module: Any) -> Tensor:
     merged = weight.to(wide) + module.get_delta_weight(name).detach().to(wide)
     magnitude = getattr(module, "lora_magnitude_vector", {})
     if name in magnitude:
-        inputs, shape = (0, (1, -1)) if getattr(module, "fan_in_fan_out", False) else (1, (-1, 1))
+        dim, shape = (0, (1, -1)) if getattr(module, "fan_in_fan_out", False) else (1, (-1, 1))
         m = magnitude[name].weight.detach().to(wide).view(shape)
-        merged *= m / torch.linalg.vector_norm(merged, dim=inputs, keepdim=True)
+        merged *= m / torch.linalg.vector_norm(merged, dim=dim, keepdim=True)
     return merged
 
 
@@ -823,9 +834,9 @@ _BESIDE = "_name_or_path architectures bos_token_id dtype eos_token_id pad_token
 
 def config_sha256(model: nn.Module) -> str:
     """SHA-256 over the config entries that affect what a model computes: another rope or window gives the same weights other logits."""
-    given = base_model_of(model).config.get_text_config().to_dict()
-    told = {k: v for k, v in given.items() if k not in _BESIDE.split() and not k.startswith("_attn")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    config = base_model_of(model).config.get_text_config().to_dict()
+    entries = {k: v for k, v in config.items() if k not in _BESIDE.split() and not k.startswith("_attn")}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -840,15 +851,15 @@ def tensors_sha256(named: Iterable[tuple[str, Tensor]]) -> str:
 def save_model(model: Any, tokenizer: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
     """Write a folder that transformers (full model) or peft (adapter) loads, tokenizer included; `state`: weights to save instead."""
     os.makedirs(folder, exist_ok=True)
-    whole = base_model_of(model) is model
-    if whole:
+    is_full_model = base_model_of(model) is model
+    if is_full_model:
         model = copy.copy(model)  # the original may still be training
         model.config = copy.deepcopy(model.config)
         model.config._attn_implementation = "sdpa"  # plain transformers does not know the tree attention
     model.save_pretrained(folder, safe_serialization=True, **({} if state is None else {"state_dict": dict(state)}))
-    held = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
-    if whole and held not in (None, model.config.dtype):  # sharded parameters are held in a wider dtype
-        model.config.dtype = held
+    dtype = next((v.dtype for v in (state or {}).values() if v.is_floating_point()), None)
+    if is_full_model and dtype not in (None, model.config.dtype):  # sharded parameters are held in a wider dtype
+        model.config.dtype = dtype
         model.config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -877,16 +888,15 @@ def base_model_of(model: nn.Module) -> Any:
 
 def size_of(model: nn.Module, name: str) -> int:
     """A size from the config of a model's text part: the largest if layers differ, 0 if there is none."""
-    found = getattr(base_model_of(model).config.get_text_config(), name, None) or 0
-    return int(max(found) if isinstance(found, list | tuple) else found)
+    size = getattr(base_model_of(model).config.get_text_config(), name, None) or 0
+    return int(max(size) if isinstance(size, list | tuple) else size)
 
 
 def backbone_of(model: nn.Module) -> Any:
     """The transformer without its head: its output's `last_hidden_state` is what the head reads."""
     base = base_model_of(model)
-    return (
-        getattr(base, base.base_model_prefix, None) or base.model
-    )  # Llama 4 has no attribute of the name in base_model_prefix
+    # Llama 4 has no attribute of the name in base_model_prefix
+    return getattr(base, base.base_model_prefix, None) or base.model
 
 
 def language_part(model: nn.Module) -> str:
@@ -905,10 +915,10 @@ def language_part(model: nn.Module) -> str:
 def freeze_eyes(model: nn.Module) -> None:
     """Freeze everything except the language model and the head."""
     base = base_model_of(model)
-    held = {id(p) for p in base.get_submodule(language_part(model)).parameters()}
-    held |= {id(p) for p in base.get_output_embeddings().parameters()}
+    trainable = {id(p) for p in base.get_submodule(language_part(model)).parameters()}
+    trainable |= {id(p) for p in base.get_output_embeddings().parameters()}
     for p in base.parameters():
-        p.requires_grad_(id(p) in held)
+        p.requires_grad_(id(p) in trainable)
 
 
 def head_scaling(config: Any) -> tuple[float, float | None]:
@@ -925,9 +935,9 @@ def head_scaling(config: Any) -> tuple[float, float | None]:
 def carries_state(config: Any) -> str | None:
     """Why the model's layers cannot restart in the middle of a row, or None if they can."""
     kinds = {str(k) for k in (getattr(config, "layer_types", None) or ())}
-    found = sorted(k for k in kinds if any(r in k for r in _RECURRENT_LAYERS))
-    if found:
-        return f"layers of type {', '.join(found)}"
+    recurrent = sorted(k for k in kinds if any(r in k for r in _RECURRENT_LAYERS))
+    if recurrent:
+        return f"layers of type {', '.join(recurrent)}"
     model_type = str(getattr(config, "model_type", ""))
     if any(model_type.startswith(m) for m in _RECURRENT_MODELS):
         return f"{model_type} layers carry state"

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penchant.base.files import aside_of, check_model_folder, file_sha256
+from penchant.base.files import check_model_folder, file_sha256, temp_path
 from penchant.errors import ConfigError, ModelError
 from penchant.models.folder import check_finite, check_folder, headers, loading, read_object
 from penchant.models.load import (
@@ -47,8 +47,8 @@ def adapter_base(folder: Path) -> str | None:
     Raises:
         ModelError: its adapter_config.json cannot be read.
     """
-    named = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    return named if isinstance(named, str) and named else None
+    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    return base if isinstance(base, str) and base else None
 
 
 def model_sha256(folder: Path) -> str:
@@ -97,14 +97,14 @@ def merged_model(
     return merged
 
 
-def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
-    """The `lora` section of a run that continues to train an adapter: the adapter's own settings, updated from `given`.
+def lora_section(adapter: Path, section: LoraConfig | None = None) -> LoraConfig:
+    """The `lora` section of a run that continues to train an adapter: the adapter's own settings, updated from `section`.
 
     Args:
-        given: the config's `lora` section; it may change dropout and lr_ratio, and must agree with the adapter otherwise.
+        section: the config's `lora` section; it may change dropout and lr_ratio, and must agree with the adapter otherwise.
 
     Raises:
-        ConfigError: `given` contradicts the adapter. ModelError: the adapter cannot be trained further.
+        ConfigError: `section` contradicts the adapter. ModelError: the adapter cannot be trained further.
     """
     check_folder(adapter)
     file = adapter / "adapter_config.json"
@@ -112,7 +112,7 @@ def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
     _check_trainable(file, values)
     targets = values.get("target_modules")
     with loading(str(file), "is not a config of a LoRA adapter", "get it again"):
-        own = LoraConfig(
+        settings = LoraConfig(
             r=values["r"],
             alpha=float(values["lora_alpha"]),
             dropout=float(values.get("lora_dropout") or 0.0),
@@ -120,17 +120,17 @@ def lora_section(adapter: Path, given: LoraConfig | None = None) -> LoraConfig:
             rslora=bool(values.get("use_rslora")),
             dora=bool(values.get("use_dora")),
         )
-    if given is None:
-        return own
-    said, theirs, ours = given.model_fields_set, given.model_dump(), own.model_dump()
-    for name in sorted(said & {"r", "alpha", "rslora", "dora"}):
-        if theirs[name] != ours[name]:
-            _contradicted(name, theirs[name], ours[name], adapter)
+    if section is None:
+        return settings
+    set_fields, given_values, own_values = section.model_fields_set, section.model_dump(), settings.model_dump()
+    for name in sorted(set_fields & {"r", "alpha", "rslora", "dora"}):
+        if given_values[name] != own_values[name]:
+            _contradicted(name, given_values[name], own_values[name], adapter)
     # target_modules may be a pattern: `trained_on` compares it once the model is loaded
-    kept = {name: theirs[name] for name in said & {"dropout", "lr_ratio", "target_modules"}}
-    if isinstance(kept.get("target_modules"), list):
-        kept["target_modules"] = sorted(kept["target_modules"])
-    return own.model_copy(update=kept)
+    updates = {name: given_values[name] for name in set_fields & {"dropout", "lr_ratio", "target_modules"}}
+    if isinstance(updates.get("target_modules"), list):
+        updates["target_modules"] = sorted(updates["target_modules"])
+    return settings.model_copy(update=updates)
 
 
 def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
@@ -138,12 +138,12 @@ def _check_trainable(file: Path, values: Mapping[str, Any]) -> None:
     if values.get("peft_type") != "LORA" or values.get("task_type") != "CAUSAL_LM":
         what = f"is an adapter of type {values.get('peft_type')}, {values.get('task_type')}"
         raise ModelError(str(file), what, "name a LoRA adapter of a causal language model")
-    start = values.get("init_lora_weights", True)
-    more = [key for key in ("modules_to_save", "trainable_token_indices", "layer_replication") if values.get(key)]
-    more += ["bias"] if values.get("bias", "none") != "none" or values.get("lora_bias") else []
-    more += [f"init_lora_weights: {start}"] if str(start).startswith(("pissa", "olora", "corda", "loftq")) else []
-    if more:
-        what = f"holds more than low-rank updates ({', '.join(more)}), and only those can be trained further here"
+    init = values.get("init_lora_weights", True)
+    extras = [key for key in ("modules_to_save", "trainable_token_indices", "layer_replication") if values.get(key)]
+    extras += ["bias"] if values.get("bias", "none") != "none" or values.get("lora_bias") else []
+    extras += [f"init_lora_weights: {init}"] if str(init).startswith(("pissa", "olora", "corda", "loftq")) else []
+    if extras:
+        what = f"holds more than low-rank updates ({', '.join(extras)}), and only those can be trained further here"
         raise ModelError(str(file), what, "merge it (name it as model.path) and train a new adapter")
 
 
@@ -167,14 +167,18 @@ def trained_on(base: Any, adapter: Path, lora: LoraConfig, seed: int) -> Any:
     with loading(str(adapter), "its adapter_config.json could not be read", "give a LoRA adapter"), quiet_peft():
         config: Any = PeftConfig.from_pretrained(str(adapter))
     config.lora_dropout, config.inference_mode = lora.dropout, False
-    asked = lora.target_modules
-    own = config.target_modules
-    wanted = None if asked == (own if isinstance(own, str) else sorted(own or ())) else _matching(base, config, asked)
+    targets = lora.target_modules
+    own_targets = config.target_modules
+    expected = (
+        None
+        if targets == (own_targets if isinstance(own_targets, str) else sorted(own_targets or ()))
+        else _matching(base, config, targets)
+    )
     model = _beside(base, adapter, config)
-    found = {plain_name(name).rpartition(".")[0] for name, _ in adapters_of(base_model_of(model))}
-    if wanted is not None and wanted != found:
-        there = sorted({name.rpartition(".")[2] for name in found})
-        _contradicted("target_modules", asked, f"{len(found)} layers, {', '.join(there)}", adapter)
+    adapted = {plain_name(name).rpartition(".")[0] for name, _ in adapters_of(base_model_of(model))}
+    if expected is not None and expected != adapted:
+        kinds = sorted({name.rpartition(".")[2] for name in adapted})
+        _contradicted("target_modules", targets, f"{len(adapted)} layers, {', '.join(kinds)}", adapter)
     check_adapter(model)
     return model
 
@@ -184,9 +188,9 @@ def _matching(base: Any, config: Any, targets: str | list[str]) -> set[str]:
     from peft import LoraConfig as PeftLoraConfig
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 
-    asked = PeftLoraConfig(task_type=config.task_type, target_modules=targets)
-    like = _maybe_include_all_linear_layers(asked, base)
-    return {name for name, _ in base.named_modules() if name and check_target_module_exists(like, name)}
+    peft_config = PeftLoraConfig(task_type=config.task_type, target_modules=targets)
+    expanded = _maybe_include_all_linear_layers(peft_config, base)
+    return {name for name, _ in base.named_modules() if name and check_target_module_exists(expanded, name)}
 
 
 def with_adapter(base: Any, adapter: Path) -> Any:
@@ -208,11 +212,11 @@ def _beside(base: Any, adapter: Path, config: Any = None) -> Any:
         model = PeftModel.from_pretrained(
             base, str(adapter), config=config, is_trainable=trainable, autocast_adapter_dtype=False
         )
-        wanted, there = set(get_peft_model_state_dict(model)), set(headers(adapter))
-    odd = sorted(wanted ^ there)
-    if there and odd:
-        what = "lacks" if odd[0] in wanted else "has, beyond what its config says,"
-        raise ModelError(str(adapter), f"the adapter {what} {odd[0]}", "give a whole adapter of this model")
+        expected, stored = set(get_peft_model_state_dict(model)), set(headers(adapter))
+    differences = sorted(expected ^ stored)
+    if stored and differences:
+        what = "lacks" if differences[0] in expected else "has, beyond what its config says,"
+        raise ModelError(str(adapter), f"the adapter {what} {differences[0]}", "give a whole adapter of this model")
     check_finite(str(adapter), ((n, p) for n, p in model.named_parameters() if "lora_" in n))
     return model
 
@@ -235,23 +239,23 @@ def merge_to_folder(
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    wanted = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
-    if _mark(folder) == {**wanted, "written": model_sha256(folder) if folder.is_dir() else None}:
+    sources = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
+    if _mark(folder) == {**sources, "written": model_sha256(folder) if folder.is_dir() else None}:
         return folder
-    aside = aside_of(folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    temp = temp_path(folder)
+    shutil.rmtree(temp, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         merged = merged_model(base, adapter, torch.device("cpu"), seed, check)
-        save_model(merged, load_processor(base) if base.sees else load_tokenizer(str(adapter)), aside)
+        save_model(merged, load_processor(base) if base.sees else load_tokenizer(str(adapter)), temp)
         auto: Any = AutoModelForImageTextToText if base.sees else AutoModelForCausalLM
-        again = auto.from_pretrained(aside, dtype=torch.float32).eval()
-        _check_equal(str(folder), _probe(merged), _probe(again))
-        (aside / MARK).write_text(json.dumps({**wanted, "written": model_sha256(aside)}, indent=1))
+        reloaded = auto.from_pretrained(temp, dtype=torch.float32).eval()
+        _check_equal(str(folder), _probe(merged), _probe(reloaded))
+        (temp / MARK).write_text(json.dumps({**sources, "written": model_sha256(temp)}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)  # merged from another base or adapter, or modified since
-        os.rename(aside, folder)
+        os.rename(temp, folder)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
     return folder
 
 
@@ -271,15 +275,15 @@ def _mark(folder: Path) -> Any:
 
 def _probe(model: Any, length: int = 12) -> Tensor:
     """Logits of a fixed row of tokens, (length, V)."""
-    rows, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
-    ids = torch.randint(0, rows, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
+    vocab, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
+    ids = torch.randint(0, vocab, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.inference_mode():
         return model(input_ids=ids, **without_cache(model)).logits[0].float().cpu()
 
 
 def _check_equal(where: str, one: Tensor, other: Tensor) -> None:
-    away = float((one - other).abs().max())
+    difference = float((one - other).abs().max())
     allowed = TOLERANCE * max(1.0, float(one.abs().max()))
-    if not away <= allowed:
-        what = f"merging the adapter changed the logits by {away:.3g} (allowed: {allowed:.3g})"
+    if not difference <= allowed:
+        what = f"merging the adapter changed the logits by {difference:.3g} (allowed: {allowed:.3g})"
         raise ModelError(where, what, "start the next stage from a full model")

@@ -172,42 +172,42 @@ def looks_like_folder(path: str) -> bool:
     return Path(path).exists() or Path(path).parent.is_dir()
 
 
-def check_exists(given: str, hub: bool = True) -> None:
+def check_exists(spec: str, hub: bool = True) -> None:
     """Refuse a missing path, or a file that is no YAML config (CheckpointError), before the hub gives a less clear error.
 
     Args:
         hub: whether a hub id is allowed.
     """
-    path = Path(given).expanduser()
+    path = Path(spec).expanduser()
     if path.exists():
         if path.is_file() and path.suffix not in (".yaml", ".yml"):
-            raise CheckpointError(given, "is a file", "give a run, a model's folder, a hub id or a CONFIG.yaml")
+            raise CheckpointError(spec, "is a file", "give a run, a model's folder, a hub id or a CONFIG.yaml")
         return
-    if not hub or looks_like_folder(given):
+    if not hub or looks_like_folder(spec):
         names = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        near = closest(path.name, names, 0.7)
+        suggestion = closest(path.name, names, 0.7)
         how = "give a run, a CONFIG.yaml, a model's folder or a hub id" if hub else "give a run's folder"
-        how = f"did you mean {path.parent / near}?" if near else how
-        raise CheckpointError(given, f"no such run or config{', nor a model' if hub else ''}", how)
+        how = f"did you mean {path.parent / suggestion}?" if suggestion else how
+        raise CheckpointError(spec, f"no such run or config{', nor a model' if hub else ''}", how)
 
 
-def check_model_path(path: str, holds: str = "config.json") -> str:
-    """The path to pass to transformers; ModelError if a folder is missing or lacks the file `holds`, or the hub has no such model."""
+def check_model_path(path: str, required_file: str = "config.json") -> str:
+    """The path to pass to transformers; ModelError if a folder is missing or lacks the file `required_file`, or the hub has no such model."""
     folder = Path(path).expanduser()
     if not looks_like_folder(path):
         check_hub(path)
         return path
     if not folder.exists():
-        near = closest(folder.name, (p.name for p in folder.parent.glob("*/")), 0.7)
-        how = f"give a folder with {holds}, or a hub id (owner/name)"
-        raise ModelError(path, "no such folder", f"did you mean {folder.parent / near}?" if near else how)
-    if not (folder / holds).exists():
-        inside = folder / "model"
-        lacks = "it must hold a transformers model"
+        suggestion = closest(folder.name, (p.name for p in folder.parent.glob("*/")), 0.7)
+        how = f"give a folder with {required_file}, or a hub id (owner/name)"
+        raise ModelError(path, "no such folder", f"did you mean {folder.parent / suggestion}?" if suggestion else how)
+    if not (folder / required_file).exists():
+        subfolder = folder / "model"
+        advice = "it must hold a transformers model"
         if (folder / "config.json").exists():
-            lacks = "put the model's tokenizer there, or name one as model.tokenizer (`tokenizer=` in Python)"
-        hint = f"did you mean {inside}?" if (inside / holds).exists() else lacks
-        raise ModelError(path, f"the folder has no {holds}", hint)
+            advice = "put the model's tokenizer there, or name one as model.tokenizer (`tokenizer=` in Python)"
+        hint = f"did you mean {subfolder}?" if (subfolder / required_file).exists() else advice
+        raise ModelError(path, f"the folder has no {required_file}", hint)
     return str(folder)
 
 

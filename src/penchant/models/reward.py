@@ -54,10 +54,10 @@ def load_model_config(path: str, revision: str | None = None) -> Any:
     """Load a model's config; ModelError if there is none."""
     from transformers import AutoConfig
 
-    given = check_model_path(path)
-    check_folder(Path(given))
+    source = check_model_path(path)
+    check_folder(Path(source))
     with loading(config_of(path), "its config could not be loaded", "give a model folder"):
-        return AutoConfig.from_pretrained(given, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
 def is_encoder(config: Any, path: str = "model") -> bool:
@@ -84,8 +84,8 @@ def context_of(config: Any, tokenizer: Any) -> int | None:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and str(config.model_type) in FROM_BEHIND_PADDING:
         limit -= int(config.pad_token_id or 0) + 1
-    known = [n for n in (limit, getattr(tokenizer, "model_max_length", None)) if n is not None and n < 10**9]
-    return int(min(known)) if known else None
+    limits = [n for n in (limit, getattr(tokenizer, "model_max_length", None)) if n is not None and n < 10**9]
+    return int(min(limits)) if limits else None
 
 
 def is_reward_model(config: Any) -> bool:
@@ -136,9 +136,11 @@ def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> 
                 )
                 fresh = set(_missing(info))
                 check_layers(cfg.path, info["unexpected_keys"], config)
-    beyond = sorted(n for n in fresh if not _may_be_new(n)) if cfg.init == "pretrained" else []
-    if beyond:
-        raise ModelError(cfg.path, f"weights are missing in the folder ({', '.join(beyond[:3])})", "give a whole model")
+    missing = sorted(n for n in fresh if not _may_be_new(n)) if cfg.init == "pretrained" else []
+    if missing:
+        raise ModelError(
+            cfg.path, f"weights are missing in the folder ({', '.join(missing[:3])})", "give a whole model"
+        )
     check_finite(cfg.path, model.named_parameters())
     if not had_head:
         _draw_head(head_of(model))
@@ -161,8 +163,8 @@ def _may_be_new(name: str) -> bool:
 def _module(name: str) -> str:
     """The module of a parameter that is small enough to be trained in full beside an adapter."""
     parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if _may_be_new(part)), 0)
-    return ".".join(parts[: at + 1])
+    index = next((i for i, part in enumerate(parts) if _may_be_new(part)), 0)
+    return ".".join(parts[: index + 1])
 
 
 def _draw_head(head: nn.Linear) -> None:
@@ -211,8 +213,8 @@ def choose_padding(tokenizer: Any) -> None:
     if tokenizer.pad_token is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return
     added = sorted((i, str(t.content)) for i, t in tokenizer.added_tokens_decoder.items() if t.special)
-    made_for_it = [t for _, t in added if "pad" in t.lower()]
-    candidates = [t for t in (*made_for_it, tokenizer.bos_token, tokenizer.unk_token) if t is not None and t != eos]
+    pad_tokens = [t for _, t in added if "pad" in t.lower()]
+    candidates = [t for t in (*pad_tokens, tokenizer.bos_token, tokenizer.unk_token) if t is not None and t != eos]
     if candidates:
         tokenizer.pad_token = candidates[0]
     else:
@@ -263,8 +265,8 @@ def save_reward_model(
     base = base_model_of(model)
     save_model(base, tokenizer, folder, whole)
     if base is not model:
-        more = {} if sharded is None else {"state_dict": dict(sharded)}
-        model.save_pretrained(folder / ADAPTER, safe_serialization=True, **more)
+        options = {} if sharded is None else {"state_dict": dict(sharded)}
+        model.save_pretrained(folder / ADAPTER, safe_serialization=True, **options)
     (folder / SETTINGS).write_text(json.dumps(dict(settings), indent=1))
 
 

@@ -59,14 +59,14 @@ class RouterLoss:
             with quiet(model, training=model.training):
                 for batch in batches:
                     self.run(batch.to(device))
-            of_ranks = world.gather_tensors(torch.stack(self._counted).sum(0), device)
-            self._shares = torch.stack(of_ranks).sum(0)
+            per_rank = world.gather_tensors(torch.stack(self._counted).sum(0), device)
+            self._shares = torch.stack(per_rank).sum(0)
 
     def end_step(self) -> float:
         """End the step and return its loss without the weight: `top_k` if every expert gets the same share."""
-        found = float(torch.stack(self._losses).sum()) if self._losses else 0.0
+        loss = float(torch.stack(self._losses).sum()) if self._losses else 0.0
         self._tokens, self._shares, self._counted, self._losses = 0.0, None, [], []
-        return current().sums({"loss": found})["loss"]
+        return current().sums({"loss": loss})["loss"]
 
     def attached(self, hidden: Tensor, logits: Sequence[Tensor], batch: PackedBatch) -> Tensor:
         """The hidden states (T, d), with the loss attached to the graph.
@@ -133,9 +133,9 @@ def _weights(batch: PackedBatch) -> Tensor:
                 if slot > 0:
                     weights[segment.start : segment.start + segment.prompt_len] = 0.0
         batch.cache[key] = moved(torch.from_numpy(weights), batch.input_ids.device)
-    found = batch.cache[key]
-    assert isinstance(found, Tensor)
-    return found
+    cached = batch.cache[key]
+    assert isinstance(cached, Tensor)
+    return cached
 
 
 def router_loss(model: Any, wanted: float | str) -> RouterLoss:
@@ -146,29 +146,29 @@ def router_loss(model: Any, wanted: float | str) -> RouterLoss:
     """
     base = base_model_of(model)
     config, kind = base.config.get_text_config(), type(base).__name__
-    leave = f"leave {KEY} out"
-    own = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
+    how = f"leave {KEY} out"
+    loss_function = getattr(sys.modules[type(base).__module__], "load_balancing_loss_func", None)
     top_k = getattr(config, "num_experts_per_tok", None)
-    if own is None or top_k is None:
-        raise ConfigError(KEY, f"{kind} has no balance loss of a router in transformers", leave)
+    if loss_function is None or top_k is None:
+        raise ConfigError(KEY, f"{kind} has no balance loss of a router in transformers", how)
     coef = getattr(config, "router_aux_loss_coef", None) if wanted == "auto" else float(wanted)
     if not coef:
         what = f"is auto, and the model's own router_aux_loss_coef is {coef}"
-        raise ConfigError(KEY, what, "give a number, or " + leave)
+        raise ConfigError(KEY, what, "give a number, or " + how)
     ids = torch.arange(1, 13, device=next(base.parameters()).device)[None]
     with quiet(model):
         logits = routed(
             backbone_of(model)(input_ids=ids, output_router_logits=True, **without_cache(backbone_of(model)))
         )
-        found = RouterLoss(float(coef), logits[0].shape[-1] if logits else 0, int(top_k))
-        truth = float(own(logits, found.experts, found.top_k)) if logits else 0.0
-    if not truth or not abs(found.of(logits) - truth) <= 1e-4 * abs(truth):
+        loss = RouterLoss(float(coef), logits[0].shape[-1] if logits else 0, int(top_k))
+        expected = float(loss_function(logits, loss.experts, loss.top_k)) if logits else 0.0
+    if not expected or not abs(loss.of(logits) - expected) <= 1e-4 * abs(expected):
         what = f"the router of {kind} is balanced in a way that is not supported here"
-        raise ConfigError(KEY, what, leave)
-    return found
+        raise ConfigError(KEY, what, how)
+    return loss
 
 
 def routed(output: Any) -> tuple[Tensor, ...]:
     """The router logits in a backbone's output, (tokens, E) for each layer; empty if it has none."""
-    found = getattr(output, "router_logits", None) or ()
-    return tuple(layer.reshape(-1, layer.shape[-1]) for layer in found if layer is not None)
+    logits = getattr(output, "router_logits", None) or ()
+    return tuple(layer.reshape(-1, layer.shape[-1]) for layer in logits if layer is not None)

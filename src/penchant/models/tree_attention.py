@@ -70,16 +70,16 @@ def tree_mask(segment: Segment, length: int, sliding_window: int | None) -> np.n
     """
     index = np.arange(length)
     branch, position = np.zeros(length, dtype=np.int64), index.copy()
-    at = segment.prompt_len
+    start = segment.prompt_len
     for k, n in enumerate(segment.completion_lens):
-        branch[at : at + n] = k + 1
-        position[at : at + n] = np.arange(segment.prompt_len, segment.prompt_len + n)
-        at += n
-    branch[at:] = -1
+        branch[start : start + n] = k + 1
+        position[start : start + n] = np.arange(segment.prompt_len, segment.prompt_len + n)
+        start += n
+    branch[start:] = -1
     allowed: np.ndarray = (index[:, None] >= index) & ((branch == 0) | (branch[:, None] == branch))
     if sliding_window is not None:
         allowed &= position[:, None] - position < sliding_window
-    allowed[at:] = False
+    allowed[start:] = False
     allowed[index, index] = True
     return allowed
 
@@ -103,17 +103,17 @@ def _build_layout(segments: tuple[Segment, ...], sliding_window: int | None, dev
     indices = [np.zeros(shape, dtype=np.int64) for shape in shapes]
     masks = [np.empty((trees, length, length), dtype=np.bool_) for trees, length in shapes]
     inverse = np.empty(sum(s.length for s in segments), dtype=np.int64)
-    done = 0
+    offset = 0
     for (_, length), index, mask in zip(shapes, indices, masks, strict=True):
         for b, segment in enumerate(by_length[length]):
             n = segment.length
             index[b] = segment.start + np.arange(length) % n
-            inverse[segment.start : segment.start + n] = np.arange(done, done + n)
+            inverse[segment.start : segment.start + n] = np.arange(offset, offset + n)
             mask[b] = tree_mask(segment, length, sliding_window)
-            done += length
-    *placed, back = moved_together([*indices, inverse], device)
-    groups = [Group(i, m[:, None]) for i, m in zip(placed, moved_together(masks, device), strict=True)]
-    return TreeLayout(tuple(groups), back)
+            offset += length
+    *moved_indices, moved_inverse = moved_together([*indices, inverse], device)
+    groups = [Group(i, m[:, None]) for i, m in zip(moved_indices, moved_together(masks, device), strict=True)]
+    return TreeLayout(tuple(groups), moved_inverse)
 
 
 def tree_attention(
@@ -199,23 +199,23 @@ def select_attention(requested: str, calls: Collection[Call], device: str, trito
     if requested == "groups":
         return ["groups"], "as asked"
     varlen = [_no_varlen(c, device) for c in calls]
-    flex = next((why for c in calls if (why := _no_flex(c, device, triton))), "")
+    flex = next((reason for c in calls if (reason := _no_flex(c, device, triton))), "")
     if requested == "flex":
         return ([], flex) if flex else (["flex"], "as asked")
-    hinders = next(filter(None, varlen), "")
-    if requested == "varlen" and hinders:
-        return [], hinders
+    obstacle = next(filter(None, varlen), "")
+    if requested == "varlen" and obstacle:
+        return [], obstacle
     if requested == "auto" and (device != "cuda" or any(c.dtype not in HALF for c in calls)):
         return ["groups"], ""
     windows = sorted({c.window for c in calls if c.window is not None})
-    others = "groups" if flex else "flex"
-    why = f"{others} for trees longer than {windows[0]} tokens, the model's sliding window" if windows else ""
-    if not hinders:
+    fallback = "groups" if flex else "flex"
+    reason = f"{fallback} for trees longer than {windows[0]} tokens, the model's sliding window" if windows else ""
+    if not obstacle:
         mixed = ["varlen+flex"] if windows and not flex else []
-        return [*mixed, "varlen", *(["groups"] if requested == "auto" else [])], why
+        return [*mixed, "varlen", *(["groups"] if requested == "auto" else [])], reason
     if flex:
-        return (["groups"] if all(varlen) else ["varlen", "groups"]), f"{hinders}; {flex}"
-    return (["flex"] if all(varlen) else ["varlen+flex", "varlen"]) + ["groups"], hinders
+        return (["groups"] if all(varlen) else ["varlen", "groups"]), f"{obstacle}; {flex}"
+    return (["flex"] if all(varlen) else ["varlen+flex", "varlen"]) + ["groups"], obstacle
 
 
 def _no_varlen(call: Call, device: str) -> str:
@@ -391,13 +391,13 @@ def restore_attention(model: nn.Module) -> None:
 
 def own_attention(model: Any) -> str:
     """The name of a model's original attention, even if the tree attention is installed."""
-    own = getattr(model, _OWN, None)
-    return str(own[0][1] if own else model.config._attn_implementation)
+    originals = getattr(model, _OWN, None)
+    return str(originals[0][1] if originals else model.config._attn_implementation)
 
 
 def _configs(model: nn.Module) -> list[Any]:
     """The configs of a model and of its submodels, the model's own first."""
-    of_modules: list[Any] = [getattr(m, "config", None) for m in model.modules()]
-    found = [c for c in of_modules if hasattr(c, "_attn_implementation")]
-    found += [getattr(c, name) for c in found for name in c.sub_configs if getattr(c, name, None) is not None]
-    return list({id(c): c for c in found}.values())
+    module_configs: list[Any] = [getattr(m, "config", None) for m in model.modules()]
+    configs = [c for c in module_configs if hasattr(c, "_attn_implementation")]
+    configs += [getattr(c, name) for c in configs for name in c.sub_configs if getattr(c, name, None) is not None]
+    return list({id(c): c for c in configs}.values())

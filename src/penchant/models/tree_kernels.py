@@ -90,27 +90,27 @@ def varlen_plan(batch: PackedBatch) -> VarlenPlan:
 
 
 def _build_plan(segments: Sequence[Segment], device: torch.device) -> VarlenPlan:
-    own: list[int] = []  # lengths
-    queries: list[int] = []
-    prompts: list[int] = []
+    sequence_lens: list[int] = []
+    query_lens: list[int] = []
+    prompt_lens: list[int] = []
     rows: list[np.ndarray] = [np.zeros(0, np.int32)]
     keys: list[np.ndarray] = [np.zeros(0, np.int32)]
     for s in segments:
-        written = [n for n in s.completion_lens if n]
-        if len(written) < 2:
-            own.append(s.length)
+        lens = [n for n in s.completion_lens if n]
+        if len(lens) < 2:
+            sequence_lens.append(s.length)
             continue
-        own += [s.prompt_len, *written]
-        queries.append(sum(written))
-        prompts.append(s.prompt_len)
+        sequence_lens += [s.prompt_len, *lens]
+        query_lens.append(sum(lens))
+        prompt_lens.append(s.prompt_len)
         begin = s.start + s.prompt_len
         keys.append(np.arange(s.start, begin, dtype=np.int32))
         rows.append(np.arange(begin, s.start + s.length, dtype=np.int32))
-    starts = [np.cumsum([0, *lengths], dtype=np.int32) for lengths in (own, queries, prompts)]
-    cu, cu_q, cu_k, at, of = moved_together([*starts, np.concatenate(rows), np.concatenate(keys)], device)
-    longest = max(own)
-    second = Sequences(cu_q, cu_k, max(queries), max(prompts)) if queries else None
-    return VarlenPlan(Sequences(cu, cu, longest, longest), second, at.long(), of.long())
+    starts = [np.cumsum([0, *lengths], dtype=np.int32) for lengths in (sequence_lens, query_lens, prompt_lens)]
+    cu, cu_q, cu_k, row_index, key_index = moved_together([*starts, np.concatenate(rows), np.concatenate(keys)], device)
+    longest = max(sequence_lens)
+    second = Sequences(cu_q, cu_k, max(query_lens), max(prompt_lens)) if query_lens else None
+    return VarlenPlan(Sequences(cu, cu, longest, longest), second, row_index.long(), key_index.long())
 
 
 # ---- Determinism: if torch's deterministic mode only warns, the backward kernels of attention stay nondeterministic ----
@@ -169,10 +169,10 @@ def _backward(
     wide = [_wide(x, width) for x in (grad, q, k, v, out)]
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # random state of the dropout, which is off
     with strict(_only_warns()):
-        found = torch.ops.aten._flash_attention_backward(
+        grads = torch.ops.aten._flash_attention_backward(
             *wide, lse, s.cu_q, s.cu_k, s.max_q, s.max_k, 0.0, causal, state, state.new_empty(0), scale=scale
         )
-    dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(found, (q, k, v), strict=True))
+    dq, dk, dv = (g[..., : x.shape[-1]] for g, x in zip(grads, (q, k, v), strict=True))
     return dq, dk, dv
 
 
@@ -180,11 +180,11 @@ def eager_forward(q: Tensor, k: Tensor, v: Tensor, s: Sequences, causal: bool, s
     """The flash kernel's forward in plain torch, sequence by sequence: any dtype, any device."""
     out = q.new_zeros(*q.shape[:2], v.shape[-1])
     lse = q.new_zeros(q.shape[1], len(q), dtype=_sums(q))
-    for at, of in s.bounds():
-        scores = _scores(q[at], k[of], causal, scale)
-        lse[:, at] = torch.logsumexp(scores, -1).flatten(0, 1)
+    for q_rows, k_rows in s.bounds():
+        scores = _scores(q[q_rows], k[k_rows], causal, scale)
+        lse[:, q_rows] = torch.logsumexp(scores, -1).flatten(0, 1)
         weights = torch.softmax(scores, -1)
-        out[at] = torch.einsum("kgqs,skd->qkgd", weights, v[of].to(weights.dtype)).flatten(1, 2).to(out.dtype)
+        out[q_rows] = torch.einsum("kgqs,skd->qkgd", weights, v[k_rows].to(weights.dtype)).flatten(1, 2).to(out.dtype)
     return out, lse
 
 
@@ -193,17 +193,19 @@ def eager_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The flash kernel's backward in plain torch, from a given output and log-sum-exp."""
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    rest = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # (T, H)
+    row_sums = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)  # (T, H)
     heads = (k.shape[1], q.shape[1] // k.shape[1])
-    for at, of in s.bounds():
-        keys, values = k[of].to(lse.dtype), v[of].to(lse.dtype)
-        into = grad[at].to(lse.dtype).unflatten(1, heads)
-        weights = torch.exp(_scores(q[at], k[of], causal, scale) - lse[:, at].unflatten(0, heads)[..., None])
-        scores = torch.einsum("qkgd,skd->kgqs", into, values) - rest[at].t().unflatten(0, heads)[..., None]
+    for q_rows, k_rows in s.bounds():
+        keys, values = k[k_rows].to(lse.dtype), v[k_rows].to(lse.dtype)
+        d_out = grad[q_rows].to(lse.dtype).unflatten(1, heads)
+        weights = torch.exp(
+            _scores(q[q_rows], k[k_rows], causal, scale) - lse[:, q_rows].unflatten(0, heads)[..., None]
+        )
+        scores = torch.einsum("qkgd,skd->kgqs", d_out, values) - row_sums[q_rows].t().unflatten(0, heads)[..., None]
         scores = weights * scores * scale
-        dq[at] = torch.einsum("kgqs,skd->qkgd", scores, keys).flatten(1, 2).to(dq.dtype)
-        dk[of] = torch.einsum("kgqs,qkgd->skd", scores, q[at].to(lse.dtype).unflatten(1, heads)).to(dk.dtype)
-        dv[of] = torch.einsum("kgqs,qkgd->skd", weights, into).to(dv.dtype)
+        dq[q_rows] = torch.einsum("kgqs,skd->qkgd", scores, keys).flatten(1, 2).to(dq.dtype)
+        dk[k_rows] = torch.einsum("kgqs,qkgd->skd", scores, q[q_rows].to(lse.dtype).unflatten(1, heads)).to(dk.dtype)
+        dv[k_rows] = torch.einsum("kgqs,qkgd->skd", weights, d_out).to(dv.dtype)
     return dq, dk, dv
 
 
@@ -214,11 +216,11 @@ def _sums(x: Tensor) -> torch.dtype:
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     """Scores (H_kv, H / H_kv, queries, keys) of one sequence; a causal one has as many keys as queries."""
-    kind = _sums(q)
-    scores = torch.einsum("qkgd,skd->kgqs", q.to(kind).unflatten(1, (k.shape[1], -1)), k.to(kind)) * scale
+    dtype = _sums(q)
+    scores = torch.einsum("qkgd,skd->kgqs", q.to(dtype).unflatten(1, (k.shape[1], -1)), k.to(dtype)) * scale
     if causal:
-        hidden = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(hidden, float("-inf"))
+        future = torch.ones(len(q), len(k), dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
     return scores
 
 
@@ -229,8 +231,8 @@ def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: VarlenPlan, scaling: float, sinks: Tensor | None = None
 ) -> Tensor:
     """Attention within each tree of a packed row, by two varlen passes; arguments and result as in `tree_attention`."""
-    found: Tensor = _TwoPasses.apply(query, key, value, sinks, plan, scaling)
-    return found
+    out: Tensor = _TwoPasses.apply(query, key, value, sinks, plan, scaling)
+    return out
 
 
 class _TwoPasses(torch.autograd.Function):
@@ -240,15 +242,15 @@ class _TwoPasses(torch.autograd.Function):
     ) -> Tensor:
         out, lse = _forward(q, k, v, plan.first, True, scale)
         if plan.second is not None:
-            ours, keys, values = (
+            queries, keys, values = (
                 q.index_select(0, plan.rows),
                 k.index_select(0, plan.keys),
                 v.index_select(0, plan.keys),
             )
-            other, seen = _forward(ours, keys, values, plan.second, False, scale)
-            own = lse.index_select(1, plan.rows)
-            total = torch.logaddexp(own, seen)
-            merged = out.index_select(0, plan.rows) * _share(own, total) + other * _share(seen, total)
+            prompt_out, prompt_lse = _forward(queries, keys, values, plan.second, False, scale)
+            own_lse = lse.index_select(1, plan.rows)
+            total = torch.logaddexp(own_lse, prompt_lse)
+            merged = out.index_select(0, plan.rows) * _share(own_lse, total) + prompt_out * _share(prompt_lse, total)
             out.index_copy_(0, plan.rows, merged.to(out.dtype))  # rows are unique: the order of threads is irrelevant
             lse.index_copy_(1, plan.rows, total)
         if sinks is not None:
@@ -266,15 +268,19 @@ class _TwoPasses(torch.autograd.Function):
         dq, dk, dv = _backward(grad, q, k, v, out, lse, plan.first, True, scale)
         if plan.second is not None:
             rows, keys = plan.rows, plan.keys
-            into, ours, found = (x.index_select(0, rows) for x in (grad, q, out))
-            theirs, values = (x.index_select(0, keys) for x in (k, v))
-            sums = lse.index_select(1, rows)
-            more = _backward(into, ours, theirs, values, found, sums, plan.second, False, scale)
-            dq, dk, dv = (_added(a, at, b) for a, at, b in zip((dq, dk, dv), (rows, keys, keys), more, strict=True))
+            d_out, queries, outs = (x.index_select(0, rows) for x in (grad, q, out))
+            prompt_keys, prompt_values = (x.index_select(0, keys) for x in (k, v))
+            lse_rows = lse.index_select(1, rows)
+            second_grads = _backward(
+                d_out, queries, prompt_keys, prompt_values, outs, lse_rows, plan.second, False, scale
+            )
+            dq, dk, dv = (
+                _added(a, index, b) for a, index, b in zip((dq, dk, dv), (rows, keys, keys), second_grads, strict=True)
+            )
         dsinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
-            rest = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()  # (H, T)
-            dsinks = -(torch.exp(sinks[:, None].to(lse.dtype) - lse) * rest).sum(1).to(sinks.dtype)
+            row_sums = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t()  # (H, T)
+            dsinks = -(torch.exp(sinks[:, None].to(lse.dtype) - lse) * row_sums).sum(1).to(sinks.dtype)
         return dq, dk, dv, dsinks, None, None
 
 
@@ -283,9 +289,9 @@ def _share(part: Tensor, total: Tensor) -> Tensor:
     return torch.exp(part - total).t()[..., None]
 
 
-def _added(to: Tensor, at: Tensor, more: Tensor) -> Tensor:
+def _added(to: Tensor, index: Tensor, more: Tensor) -> Tensor:
     """`to` with `more` added in unique rows; `index_add` would be no faster on a GPU, and its order is undefined."""
-    return to.index_copy(0, at, to.index_select(0, at) + more)
+    return to.index_copy(0, index, to.index_select(0, index) + more)
 
 
 # ---- FlexAttention ----
@@ -306,12 +312,12 @@ def tokens_of(segments: Sequence[Segment], length: int, window: int | None) -> l
     own, root, position = (np.full(length, -1, dtype=np.int32) for _ in range(3))
     sequence = 0
     for s in segments:
-        prompt, at = sequence, s.start
+        prompt, start = sequence, s.start
         for n in (s.prompt_len, *s.completion_lens):
             begin = 0 if sequence == prompt else s.prompt_len
-            own[at : at + n], root[at : at + n] = sequence, prompt
-            position[at : at + n] = np.arange(begin, begin + n)
-            at, sequence = at + n, sequence + 1
+            own[start : start + n], root[start : start + n] = sequence, prompt
+            position[start : start + n] = np.arange(begin, begin + n)
+            start, sequence = start + n, sequence + 1
     return [own, root, position, np.full_like(position, -1) if window is None else position - (window - 1)]
 
 
@@ -329,22 +335,24 @@ def mask_mod(own: Tensor, root: Tensor, position: Tensor, first: Tensor) -> Call
 
 def visible_blocks(segments: Sequence[Segment], length: int, window: int | None) -> np.ndarray:
     """(L / 128, L / 128) bool: blocks of queries and keys with a visible pair, found without a matrix of all pairs."""
-    found = np.zeros((length // BLOCK, length // BLOCK), dtype=np.bool_)
+    visible = np.zeros((length // BLOCK, length // BLOCK), dtype=np.bool_)
     tokens = sum(s.length for s in segments)
-    found[np.arange(tokens // BLOCK, len(found)), np.arange(tokens // BLOCK, len(found))] = True  # padding
+    visible[np.arange(tokens // BLOCK, len(visible)), np.arange(tokens // BLOCK, len(visible))] = True  # padding
     for s in segments:
         begin = s.start
         for n in (s.prompt_len, *s.completion_lens):
             for block in range(begin // BLOCK, -(-(begin + n) // BLOCK) if n else 0):
                 first, last = max(begin, block * BLOCK), min(begin + n, (block + 1) * BLOCK) - 1
-                low = begin if window is None else max(begin, first - window + 1)
-                found[block, low // BLOCK : last // BLOCK + 1] = True
+                first_key = begin if window is None else max(begin, first - window + 1)
+                visible[block, first_key // BLOCK : last // BLOCK + 1] = True
                 if begin > s.start:
-                    back = 0 if window is None else max(0, s.prompt_len + first - begin - window + 1)
-                    if back < s.prompt_len:
-                        found[block, (s.start + back) // BLOCK : (s.start + s.prompt_len - 1) // BLOCK + 1] = True
+                    first_visible = 0 if window is None else max(0, s.prompt_len + first - begin - window + 1)
+                    if first_visible < s.prompt_len:
+                        visible[
+                            block, (s.start + first_visible) // BLOCK : (s.start + s.prompt_len - 1) // BLOCK + 1
+                        ] = True
             begin += n
-    return found
+    return visible
 
 
 def flex_plan(batch: PackedBatch, window: int | None) -> FlexPlan:
@@ -360,12 +368,12 @@ def _build_flex(segments: Sequence[Segment], tokens: int, window: int | None, de
 
     length = -(-tokens // BLOCK) * BLOCK
     blocks = visible_blocks(segments, length, window)
-    first = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # visible blocks first
-    counts, order, own, root, position, low = moved_together(
-        [blocks.sum(1, dtype=np.int32), first, *tokens_of(segments, length, window)], device
+    block_order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # visible blocks first
+    counts, order, own, root, position, first_visible = moved_together(
+        [blocks.sum(1, dtype=np.int32), block_order, *tokens_of(segments, length, window)], device
     )
     mask = BlockMask.from_kv_blocks(
-        counts[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask_mod(own, root, position, low)
+        counts[None, None], order[None, None], BLOCK_SIZE=BLOCK, mask_mod=mask_mod(own, root, position, first_visible)
     )
     return FlexPlan(length, mask)
 
@@ -405,15 +413,15 @@ def flex_tree_attention(
     """
     from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-    run = flex_attention if query.device.type == "cpu" else _compiled()
+    attend = flex_attention if query.device.type == "cpu" else _compiled()
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, plan.length - len(x))).transpose(0, 1)[None] for x in (query, key, value))
-    how: dict[str, Any] = {"block_mask": plan.mask, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
+    options: dict[str, Any] = {"block_mask": plan.mask, "scale": scaling, "enable_gqa": q.shape[1] != k.shape[1]}
     if softcap is not None:
-        how["score_mod"] = _cap(softcap, q.device)
+        options["score_mod"] = _cap(softcap, q.device)
     if sinks is None:
-        out = run(q, k, v, **how)
+        out = attend(q, k, v, **options)
     else:
-        out, more = run(q, k, v, **how, return_aux=AuxRequest(lse=True))
+        out, aux = attend(q, k, v, **options, return_aux=AuxRequest(lse=True))
         # the share exp(l) / (exp(l) + exp(sink))
-        out = (out * torch.sigmoid(more.lse - sinks[:, None].to(more.lse.dtype))[..., None]).to(out.dtype)
+        out = (out * torch.sigmoid(aux.lse - sinks[:, None].to(aux.lse.dtype))[..., None]).to(out.dtype)
     return cast(Tensor, out[0].transpose(0, 1)[: len(query)])

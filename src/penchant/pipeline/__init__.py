@@ -98,8 +98,8 @@ class CompareConfig(Section):
     @field_validator("models")
     @classmethod
     def _check_models(cls, models: list[str]) -> list[str]:
-        if twice := sorted(repeated(models)):
-            raise ValueError(f"{', '.join(twice)} is listed twice")
+        if duplicates := sorted(repeated(models)):
+            raise ValueError(f"{', '.join(duplicates)} is listed twice")
         if len(models) < 2:
             raise ValueError("name at least two stages, the one to compare with first")
         return models
@@ -118,9 +118,9 @@ class CompareConfig(Section):
 
     @model_validator(mode="after")
     def _check_also(self) -> CompareConfig:
-        twice = sorted({n for n in self.also if self.also.count(n) > 1 or n == self.reward})
-        if twice:
-            raise ValueError(f"also names {', '.join(twice)} twice, or as reward too; leave it out of also")
+        duplicates = sorted({n for n in self.also if self.also.count(n) > 1 or n == self.reward})
+        if duplicates:
+            raise ValueError(f"also names {', '.join(duplicates)} twice, or as reward too; leave it out of also")
         if self.also and self.reward is None:
             raise ValueError("also is set without a reward; name the first one as compare.reward")
         return self
@@ -163,8 +163,8 @@ class Pipeline:
 
     def needed(self, name: str) -> list[str]:
         """Every stage that `name` uses, directly or indirectly, in order."""
-        found = _all_upstream(name, self.stages)
-        return [n for n in self.stages if n in found]
+        upstream = _all_upstream(name, self.stages)
+        return [n for n in self.stages if n in upstream]
 
     def stage(self, name: str, where: str) -> Stage:
         """Look up a stage by name. Raises ConfigError at `where` if there is none."""
@@ -173,36 +173,36 @@ class Pipeline:
         return self.stages[name]
 
 
-def load_pipeline(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Pipeline:
+def load_pipeline(definition: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Pipeline:
     """Read a pipeline from a YAML file or a mapping, and apply ``stages.NAME.key=value`` overrides.
 
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every stage's config is checked.
     """
-    values, places, source = read_values(given, SHAPE, "pipeline")
-    named = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
+    values, places, source = read_values(definition, SHAPE, "pipeline")
+    names = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
     places = apply_overrides(values, places, overrides)
     folder = read_output(values, KEYS, places, source, "pipeline", '"defaults" or a stage: defaults')
     stages, defaults = (_section(values, name, places, source) for name in ("stages", "defaults"))
     if not stages:
         raise ConfigError(source, "there are no stages", "add some: stages: {sft: {loss: sft}, ...}")
     for name in stages:
-        if name not in named:
-            raise ConfigError("command line", f"there is no stage {name!r}", did_you_mean(name, named))
-    made = {name: _stage(name, stages, defaults, places, source, folder) for name in stages}
-    for stage in made.values():
-        _check_references(stage, made)
-    for stage in made.values():
+        if name not in names:
+            raise ConfigError("command line", f"there is no stage {name!r}", did_you_mean(name, names))
+    members = {name: _stage(name, stages, defaults, places, source, folder) for name in stages}
+    for stage in members.values():
+        _check_references(stage, members)
+    for stage in members.values():
         _ = stage.config  # check every stage before anything trains
-    for stage in made.values():
-        _check_kinds(stage, made)
+    for stage in members.values():
+        _check_kinds(stage, members)
         check_bare_names(
             stage.values.get("reward"),
-            made,
+            members,
             place_of(("reward",), stage.places, stage.place),
             f"stages.{stage.name}: reward",
         )
-    return Pipeline(source, folder, made, _comparison(values, made, places, source))
+    return Pipeline(source, folder, members, _comparison(values, members, places, source))
 
 
 def _section(values: Mapping[str, Any], name: str, places: Places, source: str) -> dict[str, Any]:
@@ -218,14 +218,14 @@ def _stage(
     place = place_of(("stages", name), places, source)
     if not _NAME.fullmatch(name):
         raise ConfigError(place, f"stages.{name}: not a name", "use letters, digits, _ and -")
-    own = {} if stages[name] is None else stages[name]
-    if not isinstance(own, dict):
-        raise ConfigError(place, f"stages.{name} is {own!r}", "it is a section: indent its keys below it")
-    for where, section in ((("stages", name), own), (("defaults",), defaults)):
+    settings = {} if stages[name] is None else stages[name]
+    if not isinstance(settings, dict):
+        raise ConfigError(place, f"stages.{name} is {settings!r}", "it is a section: indent its keys below it")
+    for path, section in ((("stages", name), settings), (("defaults",), defaults)):
         if "output" in section:
             how = "leave it out: a stage's folder is the pipeline's output and its name"
-            raise ConfigError(place_of((*where, "output"), places, source), f"{'.'.join(where)}.output is set", how)
-    values = merge_settings(defaults, own)
+            raise ConfigError(place_of((*path, "output"), places, source), f"{'.'.join(path)}.output is set", how)
+    values = merge_settings(defaults, settings)
     own_places = {p[1:]: w for p, w in places.items() if p[0] == "defaults" and p[1:]}
     own_places |= {p[2:]: w for p, w in places.items() if p[:2] == ("stages", name) and p[2:]}
     return Stage(name, values, own_places, place, folder / name)
@@ -240,33 +240,33 @@ def references(values: Any, path: tuple[str, ...] = ()) -> tuple[Ref, ...]:
     Raises:
         ConfigError: a reference is malformed; `where` is its key path.
     """
-    found: list[Ref] = []
+    refs: list[Ref] = []
 
     def collect(ref: Ref) -> str:
-        found.append(ref)
+        refs.append(ref)
         return ref.text
 
     resolved(values, collect, path)
-    return tuple(found)
+    return tuple(refs)
 
 
 def parse_reference(text: str, path: tuple[str, ...]) -> Ref:
     """Parse ``stage:NAME[@best|@last|@STEP]``."""
-    found = _REFERENCE.fullmatch(text.removeprefix("stage:"))
-    if found is None:
+    match = _REFERENCE.fullmatch(text.removeprefix("stage:"))
+    if match is None:
         how = "write stage:NAME, or stage:NAME@best, @last, @STEP"
         raise ConfigError(".".join(path), f"{text!r} is not a reference to a stage", how)
-    return Ref(text, found[1], found[2], path)
+    return Ref(text, match[1], match[2], path)
 
 
 def resolved(values: Any, resolve: Resolve, path: tuple[str, ...] = ()) -> Any:
     """Copy `values` with every reference replaced, in keys too."""
     if isinstance(values, dict):
-        made = {}
+        copy = {}
         for key, value in values.items():
-            new = resolve(parse_reference(key, (*path, key))) if key.startswith("stage:") else key
-            made[new] = resolved(value, resolve, (*path, key))
-        return made
+            new_key = resolve(parse_reference(key, (*path, key))) if key.startswith("stage:") else key
+            copy[new_key] = resolved(value, resolve, (*path, key))
+        return copy
     if isinstance(values, list):
         return [resolved(value, resolve, (*path, str(i))) for i, value in enumerate(values)]
     if isinstance(values, str) and values.startswith("stage:"):
@@ -305,8 +305,8 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
                 "name a stage that trains a language model; a reward model serves as reward, or as the start of another one",
             )
         elif ref.path == ("model", "adapter"):
-            made = stages[ref.stage].config
-            if (made.lora is None and made.model.adapter is None) or made.method.learns_reward:
+            config = stages[ref.stage].config
+            if (config.lora is None and config.model.adapter is None) or config.method.learns_reward:
                 what = f"stages.{stage.name}: model.adapter is {ref.text}, which trains no adapter of a language model"
                 raise ConfigError(where, what, "name it as model.path, or give that stage a lora section")
 
@@ -314,8 +314,8 @@ def _check_kinds(stage: Stage, stages: Mapping[str, Stage]) -> None:
 def check_reward_model(ref: Ref, stages: Mapping[str, Stage], where: str, what: str) -> None:
     """Raise ConfigError if a reward refers to a stage that trains no reward model."""
     if not stages[ref.stage].learns_reward:
-        there = [name for name, other in stages.items() if other.learns_reward]
-        hint = f"there is stage:{', stage:'.join(there)}" if there else "add one: {algorithm: {name: reward_model}}"
+        names = [name for name, other in stages.items() if other.learns_reward]
+        hint = f"there is stage:{', stage:'.join(names)}" if names else "add one: {algorithm: {name: reward_model}}"
         raise ConfigError(where, f"{what} is {ref.text}, which trains no reward model", hint)
 
 
@@ -329,14 +329,14 @@ def check_bare_names(reward: Any, stages: Mapping[str, Stage], where: str, what:
 
 def _all_upstream(name: str, stages: Mapping[str, Stage]) -> set[str]:
     """Every stage that `name` needs, directly or indirectly. Unknown names are skipped."""
-    found: set[str] = set()
+    upstream: set[str] = set()
     pending = [name]
     while pending:
         for other in stages[pending.pop()].upstream:
-            if other in stages and other not in found:
-                found.add(other)
+            if other in stages and other not in upstream:
+                upstream.add(other)
                 pending.append(other)
-    return found
+    return upstream
 
 
 # ---- The comparison ----
@@ -354,8 +354,8 @@ def _comparison(
             parse_reference("stage:" + m.removeprefix("stage:"), ("compare", "models", str(i)))
             for i, m in enumerate(config.models)
         )
-        judges = {"reward": config.reward, "also": config.also}
-        refs = references(judges, ("compare",))
+        reward_settings = {"reward": config.reward, "also": config.also}
+        refs = references(reward_settings, ("compare",))
     except ConfigError as error:
         what, how = f"{error.where} {error.what}", error.how
         raise ConfigError(place_of(tuple(error.where.split(".")), places, source), what, how) from error

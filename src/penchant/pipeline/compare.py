@@ -88,12 +88,12 @@ class Comparer:
             rows = run.rows.datasets[1]
             if rows is None or rows.kind == "text":
                 continue
-            found = exclude_prompts(name, rows, trained)
-            if not found.rows.trees:
+            held_out = exclude_prompts(name, rows, trained)
+            if not held_out.rows.trees:
                 what = f"compare: every prompt that {name} holds out is trained on by another stage"
                 how = "give all stages the same data, train.seed and way of holding out"
                 raise ConfigError(self.compare.place, what, how)
-            return found
+            return held_out
         how = "set defaults.data.validation_fraction, validation_rows or eval_path"
         raise ConfigError(self.compare.place, "compare: no stage holds out rows with prompts", how)
 

@@ -46,9 +46,9 @@ def judge_stage(stage: Stage, record: Mapping[str, Any] | None, inputs: Inputs) 
     Args:
         record: the stage's record in `pipeline.json`, or None; inputs: its current inputs.
     """
-    made = planned_action(stage, record, inputs, "pipeline")
-    if made is not None:
-        return made
+    planned = planned_action(stage, record, inputs, "pipeline")
+    if planned is not None:
+        return planned
     assert record is not None
     for name, sha256 in record["checkpoints"].items():
         model = stage.folder / CHECKPOINTS / name / "model"
@@ -101,11 +101,11 @@ def _numbered(folder: Path, number: int) -> Path:
 
 
 def _update_paths(folder: Path, moved: Mapping[str, str]) -> None:
-    def replaced(value: Any) -> Any:
+    def replace_paths(value: Any) -> Any:
         if isinstance(value, dict):
-            return {replaced(k): replaced(v) for k, v in value.items()}
+            return {replace_paths(k): replace_paths(v) for k, v in value.items()}
         if isinstance(value, list):
-            return [replaced(v) for v in value]
+            return [replace_paths(v) for v in value]
         for old, new in moved.items():
             if isinstance(value, str) and (value == old or value.startswith(f"{old}/")):
                 return new + value[len(old) :]
@@ -113,10 +113,10 @@ def _update_paths(folder: Path, moved: Mapping[str, str]) -> None:
 
     config, identity = folder / CONFIG, folder / IDENTITY
     if config.exists():
-        values = replaced(yaml_value(config.read_text(encoding="utf-8")))
+        values = replace_paths(yaml_value(config.read_text(encoding="utf-8")))
         write_summed(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     if identity.exists():
-        write_summed(identity, json.dumps(replaced(json.loads(identity.read_text())), indent=1))
+        write_summed(identity, json.dumps(replace_paths(json.loads(identity.read_text())), indent=1))
 
 
 # ---- Running a pipeline: each stage is an ordinary run that is trained, resumed or skipped, and the comparison comes last ----
@@ -147,7 +147,7 @@ class PipelineResult:
     def to_text(self) -> str:
         """Format one line per stage, then the comparison."""
         width = max(map(len, self.done), default=0)
-        lines = [f"{name:<{width}}  {did}  {self.models[name]}" for name, did in self.done.items()]
+        lines = [f"{name:<{width}}  {action}  {self.models[name]}" for name, action in self.done.items()]
         return "\n".join([*lines, *(["", self.outcome.to_text()] if self.outcome is not None else [])])
 
 
@@ -169,14 +169,14 @@ class Conductor:
     @cached_property
     def data(self) -> dict[str, Run]:
         """A run per stage, with its data read. References are unresolved, so these runs cannot be trained."""
-        found = {}
+        runs = {}
         for stage in self.pipeline.stages.values():
             with stage.naming():
                 check_models(stage.config, stages=True)
                 check_reward(stage.values.get("reward"))
-                found[stage.name] = run = Run(stage.config, quiet=True)
+                runs[stage.name] = run = Run(stage.config, quiet=True)
                 _ = run.rows.datasets
-        return found
+        return runs
 
     @cached_property
     def comparer(self) -> Comparer | None:
@@ -187,8 +187,8 @@ class Conductor:
 
     def inputs(self, stage: Stage) -> Inputs:
         """A stage's current inputs. Every stage that it uses must be done."""
-        judging = (stage.values.get("evaluation") or {}).get("reward")
-        files = file_hashes(stage.config, stage.values.get("reward"), judging)
+        evaluation_reward = (stage.values.get("evaluation") or {}).get("reward")
+        files = file_hashes(stage.config, stage.values.get("reward"), evaluation_reward)
         upstream = {ref.text: self.folder_of(ref) for ref in stage.refs}
         return run_inputs(stage.config, self.data[stage.name].rows.datasets, files, upstream)
 
@@ -206,15 +206,15 @@ class Conductor:
             record = self.state.stages.get(stage.name)
             unfinished = [n for n in stage.upstream if planned[n].action != "done"]
             if unfinished and record is not None and stage.folder.exists():
-                made = Planned(stage.name, "later", f"after {', '.join(unfinished)}")
+                entry = Planned(stage.name, "later", f"after {', '.join(unfinished)}")
             elif unfinished:
-                made = judge_stage(stage, record, {})
-                made = (
-                    made if made.action == "changed" else Planned(stage.name, "run", f"after {', '.join(unfinished)}")
+                entry = judge_stage(stage, record, {})
+                entry = (
+                    entry if entry.action == "changed" else Planned(stage.name, "run", f"after {', '.join(unfinished)}")
                 )
             else:
-                made = judge_stage(stage, record, self.inputs(stage))
-            planned[stage.name] = made
+                entry = judge_stage(stage, record, self.inputs(stage))
+            planned[stage.name] = entry
         return list(planned.values())
 
     def plan_text(self, redo: Sequence[str] = ()) -> str:
@@ -224,14 +224,14 @@ class Conductor:
         width = max(len(n) for n in (*self.pipeline.stages, "compare"))
         lines = []
         for i, p in enumerate(planned, 1):
-            word, why = WORDS[p.action], p.why
+            word, reason = WORDS[p.action], p.why
             if p.name in moved:
-                word, why = "to redo", "its folder is moved aside first" if self._folder(p.name).exists() else p.why
-            lines.append(f"{i}  {p.name:<{width}}  {word}: {why}")
+                word, reason = "to redo", "its folder is moved aside first" if self._folder(p.name).exists() else p.why
+            lines.append(f"{i}  {p.name:<{width}}  {word}: {reason}")
         if self.comparer is not None:
             ready = not moved and all(p.action == "done" for p in planned)
-            same = ready and self.comparer.unchanged(self.state.comparison, self.resolve, self.folder_of)
-            lines.append(f"{len(planned) + 1}  {'compare':<{width}}  {'unchanged' if same else 'to run'}")
+            unchanged = ready and self.comparer.unchanged(self.state.comparison, self.resolve, self.folder_of)
+            lines.append(f"{len(planned) + 1}  {'compare':<{width}}  {'unchanged' if unchanged else 'to run'}")
         return "\n".join(lines)
 
     # ---- Training -------------------------------------------------------------------------------------------------
@@ -280,13 +280,13 @@ class Conductor:
     def _folder(self, name: str) -> Path:
         return self.pipeline.stages[name].folder
 
-    def _check_needed(self, only: str, planned: dict[str, Planned]) -> None:
-        for name in self.pipeline.needed(only):
+    def _check_needed(self, stage: str, planned: dict[str, Planned]) -> None:
+        for name in self.pipeline.needed(stage):
             _check_unchanged(self.pipeline.stages[name], planned[name])
             if planned[name].action != "done":
-                what = f"stages.{only} needs {name}, which is not finished"
+                what = f"stages.{stage} needs {name}, which is not finished"
                 how = f"run --only {name} first, or leave --only out"
-                raise CheckpointError(self.pipeline.stages[only].place, what, how)
+                raise CheckpointError(self.pipeline.stages[stage].place, what, how)
 
     def _run_stage(self, stage: Stage, number: str) -> str:
         """Skip, resume or train one stage, and return a phrase that says what was done."""
@@ -301,18 +301,18 @@ class Conductor:
 
     def _train(self, stage: Stage, inputs: Inputs, planned: Planned) -> str:
         config = stage.resolved(self.resolve)
-        before = self.state.stages.get(stage.name, {}) if planned.action == "resume" else {}
-        record = {"state": "running", "inputs": inputs, "seconds": before.get("seconds", 0.0)}
+        previous = self.state.stages.get(stage.name, {}) if planned.action == "resume" else {}
+        record = {"state": "running", "inputs": inputs, "seconds": previous.get("seconds", 0.0)}
         self.state.stages[stage.name] = record
         self.state.save()
         started = time.monotonic()
-        ended: dict[str, Any] = {"state": "stopped"}
+        end_state: dict[str, Any] = {"state": "stopped"}
         try:
-            result = Run(config, quiet=self.quiet, look=memory_warning, checkpointing=checkpointing).train()
-            ended = {"state": "finished", "steps": result.steps, "checkpoints": checkpoint_hashes(stage.folder)}
+            result = Run(config, quiet=self.quiet, check_memory=memory_warning, checkpointing=checkpointing).train()
+            end_state = {"state": "finished", "steps": result.steps, "checkpoints": checkpoint_hashes(stage.folder)}
         finally:  # after a SIGKILL the record stays "running", which does not count as finished either
             seconds = round(record["seconds"] + time.monotonic() - started, 1)
-            self.state.stages[stage.name] = {**record, **ended, "seconds": seconds}
+            self.state.stages[stage.name] = {**record, **end_state, "seconds": seconds}
             self.state.save()
             gc.collect()  # free memory for the next stage
         return f"{result.steps} steps, {duration(seconds)}"
@@ -323,8 +323,8 @@ class Conductor:
         if not (ref.needs_full_model and is_adapter(folder)):
             return str(folder)
         stage = self.pipeline.stages[ref.stage]
-        trained = stage.resolved(self.resolve)
+        config = stage.resolved(self.resolve)
         target = stage.folder / "merged" / folder.parent.name
         if not target.exists():
             self.console.note(f"{ref.text}: merging its adapter into {target}")
-        return str(merge_to_folder(trained.model, folder, target, trained.train.seed))
+        return str(merge_to_folder(config.model, folder, target, config.train.seed))

@@ -50,15 +50,15 @@ class LiveBytes(TorchDispatchMode):
     """Context manager that counts the bytes of storages created inside it, until each is freed.
 
     Args:
-        known: existing tensors that are counted elsewhere, such as weights.
+        tensors: existing ones that are counted elsewhere, such as weights.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self._held = list(known)
-        self._seen: dict[int, Any] = {t.untyped_storage()._cdata: None for t in self._held}
+        self._tensors = list(tensors)
+        self._storages: dict[int, Any] = {t.untyped_storage()._cdata: None for t in self._tensors}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
@@ -71,16 +71,16 @@ class LiveBytes(TorchDispatchMode):
 
     def _count(self, storage: Any) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
+        if key in self._storages:
             return
         self.live += size
         self.peak = max(self.peak, self.live)
 
-        def freed(_: Any) -> None:
+        def on_free(_: Any) -> None:
             self.live -= size
-            self._seen.pop(key, None)
+            self._storages.pop(key, None)
 
-        self._seen[key] = weakref.ref(storage, freed)
+        self._storages[key] = weakref.ref(storage, on_free)
 
 
 # ---- Bytes of one forward and backward pass beyond the weights, counted on the meta device ----
@@ -125,31 +125,33 @@ def activations_of(run: OutlinedRun, model: Any, batches: Sequence[Sequence[Toke
         if fast and run.dtype != torch.bfloat16 and len(packed) > 1:  # gradients of the earlier micro-batches
             for p in model.parameters():
                 p.grad = torch.empty_like(p) if p.requires_grad else None
-        known, layers = _model_tensors(model), 0
+        model_tensors, layers = _model_tensors(model), 0
         if fast:
-            with LiveBytes(known) as live:
+            with LiveBytes(model_tensors) as live:
                 hidden = getattr(engine, "scorer", engine).hidden(packed[0])
                 layers = live.live
                 del hidden
-        with LiveBytes(known) as live, Turns().of(0) if fast else nullcontext():
+        with LiveBytes(model_tensors) as live, Turns().of(0) if fast else nullcontext():
             _output_sum(engine, packed[0]).backward()
         # lasting gradients are reported separately; the rest of the peak is activations and temporary gradients
-        there = {id(t) for t in known}
-        gradients = (p.grad for p in model.parameters() if p.grad is not None and id(p.grad) not in there)
+        known_ids = {id(t) for t in model_tensors}
+        gradients = (p.grad for p in model.parameters() if p.grad is not None and id(p.grad) not in known_ids)
         peak = max(layers, live.peak - sum(g.nbytes for g in gradients))
         layouts = sum(_tensor_bytes(b.cache.values()) for b in packed)
     forward = forward_bytes(run, model, batches[0], fast)
     layers = layers or peak
-    found = Activations(layers, peak - layers, layouts, forward, "kernels" if fast else "transformers")
-    return found.times(_concurrency_factor(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in batches]))
+    activations = Activations(layers, peak - layers, layouts, forward, "kernels" if fast else "transformers")
+    return activations.times(
+        _concurrency_factor(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in batches])
+    )
 
 
 def _concurrency_factor(run: OutlinedRun, sizes: Sequence[int]) -> float:
     """Tokens of the largest concurrent passes, as a multiple of the tokens of the largest pass."""
     train, models = run.config.train, 1 + run.method.copies  # one pass for each model
-    most = max_concurrent_passes(sizes, train.tokens_per_step, train.batch_size * models) if run.side_by_side else 1
+    limit = max_concurrent_passes(sizes, train.tokens_per_step, train.batch_size * models) if run.side_by_side else 1
     threads = threads_for(run.config, parameter_counts(run.model)[0])
-    return sum(sorted([*sizes] * models, reverse=True)[: min(threads, most)]) / max(sizes)
+    return sum(sorted([*sizes] * models, reverse=True)[: min(threads, limit)]) / max(sizes)
 
 
 def forward_bytes(run: OutlinedRun, model: Any, batch: Sequence[TokenTree], fast: bool) -> int:
@@ -197,7 +199,7 @@ def _tensor_bytes(value: Any) -> int:
 @contextmanager
 def _flash_attention() -> Iterator[None]:
     """Use the CPU's flash SDPA, which saves no attention scores. On the meta device torch would pick the math kernel, which does."""
-    plain = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def flash(
         q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False,
@@ -206,29 +208,29 @@ def _flash_attention() -> Iterator[None]:
         if enable_gqa:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
         mask = None if attn_mask is None else torch.zeros_like(attn_mask, dtype=q.dtype)
-        found: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, dropout_p, is_causal, attn_mask=mask, scale=scale
         )[0]
-        return found
+        return out
 
     F.scaled_dot_product_attention = flash  # type: ignore[assignment]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain
+        F.scaled_dot_product_attention = original
 
 
 def _output_sum(engine: Any, batch: PackedBatch) -> Tensor:
-    found: Tensor = engine.logps(batch).sums if isinstance(engine, Scorer) else engine.rewards(batch)
-    return found.sum()
+    outputs: Tensor = engine.logps(batch).sums if isinstance(engine, Scorer) else engine.rewards(batch)
+    return outputs.sum()
 
 
 def _engine(run: OutlinedRun, model: Any, kernels: str) -> Any:
     packing = run.layout[0]
     if run.encoder:
         return EncoderRewards(model, pair_format(run.rows.tokenizer))
-    own = run.config.model.sees  # a vision model computes its own positions
-    scorer = Scorer(model, packing, kernels, attention=run.attention[0], own_attention=own)  # type: ignore[arg-type]
+    own_attention = run.config.model.sees  # a vision model computes its own positions
+    scorer = Scorer(model, packing, kernels, attention=run.attention[0], own_attention=own_attention)  # type: ignore[arg-type]
     return scorer if not run.method.learns_reward else CausalRewards(scorer)
 
 
@@ -292,8 +294,8 @@ def decoding_bytes(model: Any, size: int, prompts: Sequence[int], n: int, new_to
     at_once = max(1, min(len(prompts), rows_by_memory(token_bytes, vocabulary, n, longest, new_tokens) // n))
     rows, groups = at_once * n, min(len(prompts), PROMPTS_HELD * at_once)
     caches = token_bytes * cached_tokens(rows, groups, longest, new_tokens)
-    read = min(at_once * longest, max(longest, PREFILL_TOKENS))
-    scratch = max(read * passing_bytes(model, size), rows * vocabulary * (size + 8))
+    prefill_tokens = min(at_once * longest, max(longest, PREFILL_TOKENS))
+    scratch = max(prefill_tokens * passing_bytes(model, size), rows * vocabulary * (size + 8))
     return packed_weights(model) * size + caches + scratch
 
 
@@ -317,8 +319,10 @@ def initial_model_parameters(run: OutlinedRun) -> int:
         or run.method.signal == "tokens"
     ):
         return 0
-    held = "reference" in run.method.needs and reference_kind(run.config) == "frozen" and not run.config.reference.moves
-    if not writes_completions(run.config, run.rows) or held:
+    has_frozen_reference = (
+        "reference" in run.method.needs and reference_kind(run.config) == "frozen" and not run.config.reference.moves
+    )
+    if not writes_completions(run.config, run.rows) or has_frozen_reference:
         return 0
     return parameter_counts(base_model_of(run.model))[0]
 
@@ -379,33 +383,35 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         counted: count activations on the meta device; otherwise use a rule of thumb, which takes no time.
     """
     model, on_cpu = run.model, run.device.type == "cpu"
-    every, trainable = parameter_counts(model)
-    copies = run.method.copies * every  # models trained beside the policy
+    parameters, trainable = parameter_counts(model)
+    copies = run.method.copies * parameters  # models trained beside the policy
     trainable += copies
     size = torch.empty(0, dtype=run.dtype).element_size()
     shadow = size < 4  # bf16 weights are shadows of fp32 masters
-    frozen_parameters, away = _frozen_models(run), reference_place(run.config) != run.device
-    reference = (frozen_parameters[0] + frozen_parameters[1] * (not away)) * size - (0 if away else _narrowed(run))
+    frozen_parameters, ref_elsewhere = _frozen_models(run), reference_place(run.config) != run.device
+    reference = (frozen_parameters[0] + frozen_parameters[1] * (not ref_elsewhere)) * size - (
+        0 if ref_elsewhere else _narrowed(run)
+    )
     activations, coarse = _activations(run, work) if counted else (_rule_of_thumb(run, work), "a rule of thumb")
     if run.config.train.gradient_checkpointing == "offload":  # the GPU holds no more than a pass that saves nothing
         activations = replace(activations, layers=min(activations.layers, activations.forward))
     train, bits = run.config.train, run.config.model.quantize
-    quantized, few, largest = quantized_bytes(model, bits)
+    quantized, quantized_size, largest = quantized_bytes(model, bits)
     elsewhere = _other_device_bytes(
-        run, (frozen_parameters[1] * size + activations.forward) * bool(away and frozen_parameters[1])
+        run, (frozen_parameters[1] * size + activations.forward) * bool(ref_elsewhere and frozen_parameters[1])
     )
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    whole = list(base_model_of(model).named_parameters()) if run.method.copies else []
-    kept = [state_bytes(train.optimizer, named, train.momentum) for named in (trained, whole)]
+    base_parameters = list(base_model_of(model).named_parameters()) if run.method.copies else []
+    optimizer_bytes = [state_bytes(train.optimizer, named, train.momentum) for named in (trained, base_parameters)]
     lasting = {
         "Python, torch, transformers": baseline + (TRAINING_LIBRARIES if on_cpu else 0),
         "rows and tokens": rows,
-        "weights": (every - quantized + copies) * size + few,
+        "weights": (parameters - quantized + copies) * size + quantized_size,
         "fp32 master weights": trainable * 4 if shadow else 0,
         "gradients": trainable * 4,  # in fp32, summed over micro-batches
-        MOMENTS: kept[0] + kept[1] * run.method.copies,
+        MOMENTS: optimizer_bytes[0] + optimizer_bytes[1] * run.method.copies,
         # frozen weights are cast from fp32 to bf16 one at a time, and the gaps they leave are too small for an activation
-        "left by fp32 weights": (every - quantized - trainable) * 2 if shadow and on_cpu else 0,
+        "left by fp32 weights": (parameters - quantized - trainable) * 2 if shadow and on_cpu else 0,
         "prepared products, by size of pass": _onednn_bytes(run, work) if shadow else 0,
         "reference": reference,
     }
@@ -423,25 +429,28 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         moments = {"a training step": sum(lasting.values()) + step_bytes}
         coarse = "the GPU's own context and cached blocks are not counted"
         parts = lasting | step_parts
-        advice = _advice(run, parts, activations, trainable, every) if sum(parts.values()) > total else ()
+        advice = _advice(run, parts, activations, trainable, parameters) if sum(parts.values()) > total else ()
         return Memory(parts, moments, total, free, coarse, advice, elsewhere)
     process = lasting["Python, torch, transformers"] + rows
-    loss = 1.0 + HEAP_LOSS[activations.counted_by]
+    overhead = 1.0 + HEAP_LOSS[activations.counted_by]
 
     def with_losses(more: int) -> int:
         """Total bytes of the process with `more` bytes of tensors, including heap fragmentation."""
-        return process + round((sum(lasting.values()) - process + more) * loss)
+        return process + round((sum(lasting.values()) - process + more) * overhead)
 
-    before = process + (every - quantized) * size + few + trainable * (8 if shadow else 0)
+    before = process + (parameters - quantized) * size + quantized_size + trainable * (8 if shadow else 0)
     step = with_losses(step_bytes)
     moments = {
-        "loading the model": process + (every - quantized) * 4 + few + weight_file_bytes(run.config.model.path, model),
-        "before the first step": before + round(activations.forward * loss) + reference,
+        "loading the model": process
+        + (parameters - quantized) * 4
+        + quantized_size
+        + weight_file_bytes(run.config.model.path, model),
+        "before the first step": before + round(activations.forward * overhead) + reference,
         "a training step": step,
     }
     # the largest round of decoding: packed weights, KV cache, prefill, logits; 0 if nothing is generated
-    writing = max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _decoding_rounds(run)), default=0)
-    evaluating = with_losses(max(activations.forward, _scoring_bytes(run, activations), writing))
+    decoding = max((decoding_bytes(run.model, size, p, n, new) for n, new, p in _decoding_rounds(run)), default=0)
+    evaluating = with_losses(max(activations.forward, _scoring_bytes(run, activations), decoding))
     initial_parameters = initial_model_parameters(run)
     if initial_parameters:
         # its fp32 weights reuse the pages of freed activations; the file that it is read from comes on top
@@ -449,13 +458,13 @@ def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted
         evaluating += weight_file_bytes(run.config.reference.path or run.config.model.path, model)
     if run.rows.trees[1]:
         moments["an evaluation" + (", which loads the start again" if initial_parameters else "")] = evaluating
-    elif writing:
+    elif decoding:
         moments["writing answers"] = evaluating
     parts = lasting | step_parts
     parts["lost between tensors"] = step - sum(parts.values())
     total, free = machine_memory()
     fits = max(moments.values()) <= total
-    advice = () if fits else _advice(run, parts, activations, trainable, every)
+    advice = () if fits else _advice(run, parts, activations, trainable, parameters)
     return Memory(parts, moments, total, free, coarse, advice, elsewhere)
 
 
@@ -463,10 +472,12 @@ def _onednn_bytes(run: OutlinedRun, work: Work) -> int:
     """Bytes that oneDNN keeps for bf16 matmuls, from the number of distinct pass sizes and this process's cache capacity."""
     if run.device.type != "cpu":
         return 0
-    once = run.rows.trees[0] if "reference" in run.method.needs and reference_kind(run.config) == "cached" else []
-    forward = len(passes_over(run, once)) + len(passes_over(run, run.rows.trees[1]))
-    said = os.environ.get(CAPACITY, "")
-    capacity = int(said) if said.isdigit() else CAPACITY_WITHOUT
+    cached_trees = (
+        run.rows.trees[0] if "reference" in run.method.needs and reference_kind(run.config) == "cached" else []
+    )
+    forward = len(passes_over(run, cached_trees)) + len(passes_over(run, run.rows.trees[1]))
+    setting = os.environ.get(CAPACITY, "")
+    capacity = int(setting) if setting.isdigit() else CAPACITY_WITHOUT
     kernels, products = (work.sizes * a + forward * b for a, b in zip(WITH_GRADIENT, WITHOUT, strict=True))
     return kernels * KERNEL + min(capacity, products) * PRODUCT
 
@@ -474,26 +485,26 @@ def _onednn_bytes(run: OutlinedRun, work: Work) -> int:
 def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
     fast = run.layout[1]
     try:
-        found = activations_of(run, run.model, work.batch, fast)
+        activations = activations_of(run, run.model, work.batch, fast)
     except (NotImplementedError, RuntimeError, ValueError, TypeError) as error:
         if isinstance(error, PenchantError):
             raise
-        found = _rule_of_thumb(run, work)
-        return found, "this model's operations cannot be counted on shapes alone; activations are a rule of thumb"
+        activations = _rule_of_thumb(run, work)
+        return activations, "this model's operations cannot be counted on shapes alone; activations are a rule of thumb"
     if run.method.rollouts is not None:
-        return found, "assumes rollouts of maximum length; reward models are not counted"
-    return found, "counts picture tokens, but not the vision tower" if run.config.model.sees else ""
+        return activations, "assumes rollouts of maximum length; reward models are not counted"
+    return activations, "counts picture tokens, but not the vision tower" if run.config.model.sees else ""
 
 
 def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
     """Activations by the usual rule of 34 d bytes per token and layer in bf16 (17 values of width d)."""
     size = torch.empty(0, dtype=run.dtype).element_size()
-    between = work.largest * size_of(run.model, "hidden_size") * size
-    layer_bytes, depth = between * 17, size_of(run.model, "num_hidden_layers") or 12
+    hidden_bytes = work.largest * size_of(run.model, "hidden_size") * size
+    layer_bytes, depth = hidden_bytes * 17, size_of(run.model, "num_hidden_layers") or 12
     checkpointing = run.config.train.gradient_checkpointing is not False  # only the inputs of the layers are kept
-    layers = between * depth + layer_bytes if checkpointing else layer_bytes * depth
-    found = Activations(layers, work.largest * size_of(run.model, "vocab_size"), 0, layer_bytes, "rule of thumb")
-    return found.times(
+    layers = hidden_bytes * depth + layer_bytes if checkpointing else layer_bytes * depth
+    activations = Activations(layers, work.largest * size_of(run.model, "vocab_size"), 0, layer_bytes, "rule of thumb")
+    return activations.times(
         _concurrency_factor(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in work.batch])
     )
 
@@ -521,18 +532,20 @@ def _narrowed(run: OutlinedRun) -> int:
 
 def _other_device_bytes(run: OutlinedRun, reference: int) -> dict[str, int]:
     """Bytes on devices other than the policy's, by device: `reference` (its weights and a pass), and reward models' weights."""
-    found = Counter({str(reference_place(run.config)): reference})
+    bytes_by_device = Counter({str(reference_place(run.config)): reference})
     if run.config.reward is not None and run.config.reward.device not in ("auto", str(run.device)):
         folders = filter(None, map(find_reward_model, run.config.reward.terms))
-        found[run.config.reward.device] += sum(weight_file_bytes(str(folder), run.model) for folder in folders)
-    return {device: n for device, n in found.items() if n}
+        bytes_by_device[run.config.reward.device] += sum(
+            weight_file_bytes(str(folder), run.model) for folder in folders
+        )
+    return {device: n for device, n in bytes_by_device.items() if n}
 
 
-def _scoring_bytes(run: OutlinedRun, known: Activations) -> int:
-    """Bytes of scoring the largest micro-batch of held-out rows, or 0 if there is none or `known` is a rule of thumb."""
+def _scoring_bytes(run: OutlinedRun, activations: Activations) -> int:
+    """Bytes of scoring the largest micro-batch of held-out rows, or 0 if there is none or `activations` is a rule of thumb."""
     trees = run.rows.trees[1]
     passes = passes_over(run, trees) if trees and run.method.rollouts is None else []
-    if not passes or known.counted_by == "rule of thumb":
+    if not passes or activations.counted_by == "rule of thumb":
         return 0
     tokens = [sum(tree_tokens(trees[i], run.shared_prompts) for i in members) for members in passes]
     largest = passes[tokens.index(max(tokens))]
@@ -542,19 +555,19 @@ def _scoring_bytes(run: OutlinedRun, known: Activations) -> int:
 
 
 def _advice(
-    run: OutlinedRun, parts: dict[str, int], a: Activations, trainable: int, every: int
+    run: OutlinedRun, parts: dict[str, int], activations: Activations, trainable: int, parameter_count: int
 ) -> tuple[tuple[str, int], ...]:
     """(setting to change, approximate bytes saved) for a run that does not fit, largest saving first."""
     train, reference = run.config.train, run.config.reference
     training_bytes = parts["fp32 master weights"] + parts["gradients"] + parts[MOMENTS]
     longest = max((t.shared_tokens for t in run.rows.trees[0]), default=0)
     two_fit = train.tokens_per_step >= 2 * longest
-    saved = {
+    savings = {
         "lora={r: 16} (an adapter in place of the whole model)": round(training_bytes * 0.96)
         * (run.config.lora is None),
-        "half of train.tokens_per_step": a.total // 2 * two_fit,
-        "half of data.max_length, with half of train.tokens_per_step": a.total // 2 * (not two_fit),
-        "train.gradient_checkpointing=layers (a third slower)": a.layers
+        "half of train.tokens_per_step": activations.total // 2 * two_fit,
+        "half of data.max_length, with half of train.tokens_per_step": activations.total // 2 * (not two_fit),
+        "train.gradient_checkpointing=layers (a third slower)": activations.layers
         * 3
         // 4
         * (train.gradient_checkpointing is False),
@@ -563,7 +576,8 @@ def _advice(
         // 5
         * (run.config.lora is not None and run.config.model.quantize == "none" and not run.method.learns_reward),
         "train.optimizer=adamw_8bit": trainable * 6 * (train.optimizer == "adamw" and run.config.lora is None),
-        "model.dtype=bf16": (a.layers // 2 + every * 2 - trainable * 4) * (run.dtype != torch.bfloat16),
+        "model.dtype=bf16": (activations.layers // 2 + parameter_count * 2 - trainable * 4)
+        * (run.dtype != torch.bfloat16),
         "reference.kind=cached": parts["reference"] * (not run.method.live_reference and not reference.moves),
     }
-    return tuple(sorted(((text, n) for text, n in saved.items() if n > 0), key=lambda pair: -pair[1]))
+    return tuple(sorted(((text, n) for text, n in savings.items() if n > 0), key=lambda pair: -pair[1]))

@@ -40,14 +40,14 @@ class OutlinedRun(Run):
     def model(self) -> Any:
         """The trained model on the meta device, with its adapter."""
         config, reward = self.config, self.rows.reward_parts
-        made = outline(config.model, reward=reward is not None)
+        model = outline(config.model, reward=reward is not None)
         if reward is not None and not reward.encoder:
-            set_padding(made, self.rows.tokenizer)
+            set_padding(model, self.rows.tokenizer)
         if reward is not None and config.lora is not None:
-            heads = [name for name in HEADS if hasattr(made, name)]
-            made = add_lora(made, config.lora, config.train.seed, task="SEQ_CLS", whole=heads)
-        set_threads(config, made)
-        return prepared(made, config, self.rows)
+            heads = [name for name in HEADS if hasattr(model, name)]
+            model = add_lora(model, config.lora, config.train.seed, task="SEQ_CLS", whole=heads)
+        set_threads(config, model)
+        return prepared(model, config, self.rows)
 
     @property
     def encoder(self) -> bool:
@@ -61,10 +61,10 @@ class OutlinedRun(Run):
             return "text pairs", False, "an encoder reads each text by itself, padded among texts of its length"
         if self.config.model.sees:
             return "padded", False, "pictures: each answer is a row of its own behind its prompt"
-        packing, why = packing_by_config(self.model)
+        packing, reason = packing_by_config(self.model)
         requested = self.config.train.packing
         if requested != "auto":
-            packing, why = requested, "as asked"
+            packing, reason = requested, "as asked"
         fast = (
             packing != "padded"
             and self.config.model.kernels == "auto"
@@ -73,19 +73,19 @@ class OutlinedRun(Run):
             and self.device.type == "cpu"
             and fast_forward(self.model) is not None
         )
-        return packing, fast, why
+        return packing, fast, reason
 
     @cached_property
     def attention(self) -> tuple[str, str]:
         """(kind, reason) of attention within packed rows. The real run then checks this choice on the model itself."""
-        asked, device = self.config.model.attention, self.device.type
+        requested, device = self.config.model.attention, self.device.type
         if self.layout[0] not in ("shared", "separate"):
             return "groups", "rows are not packed"
-        if asked == "groups" or (asked == "auto" and device != "cuda"):
+        if requested == "groups" or (requested == "auto" and device != "cuda"):
             return "groups", "trees of one length at a time"
         calls = {c._replace(dtype=self.dtype) for c in attention_calls(self.model)}
-        kinds, why = select_attention(asked, calls, device, triton=True)
-        return (kinds or ["groups"])[0], why or "flash kernels take the model as it is"
+        kinds, reason = select_attention(requested, calls, device, triton=True)
+        return (kinds or ["groups"])[0], reason or "flash kernels take the model as it is"
 
     @property
     def side_by_side(self) -> bool:
@@ -115,26 +115,26 @@ def outline(source: ModelConfig, reward: bool = False) -> Any:
 
     config = load_model_config(source.path, source.revision)
     check_model_path(source.path)
-    family: Any = AutoModelForImageTextToText if source.sees else AutoModelForCausalLM
-    family = AutoModelForSequenceClassification if reward else family
+    auto_class: Any = AutoModelForImageTextToText if source.sees else AutoModelForCausalLM
+    auto_class = AutoModelForSequenceClassification if reward else auto_class
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(source.path, "this is an encoder-decoder model", "give a causal (decoder-only) language model")
     if reward:
         config.num_labels, config.problem_type = 1, "regression"
     with loading(source.path, "the model could not be outlined", "give a causal model or an encoder"):
-        model = on_meta(family, config if reward or source.sees else text_config(config))
+        model = on_meta(auto_class, config if reward or source.sees else text_config(config))
     disable_dropout(model)
     return model
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:
     """(all, trainable) parameter counts. Tied parameters count once."""
-    every = list(model.parameters())
-    return sum(p.numel() for p in every), sum(p.numel() for p in every if p.requires_grad)
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def weight_file_bytes(path: str, model: Any) -> int:
     """Bytes of a model folder's safetensors files. For a hub id without a local folder, the size of its weights in bf16."""
     folder = Path(path).expanduser()
-    found = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0
-    return found or 2 * parameter_counts(base_model_of(model))[0]
+    total = sum(p.stat().st_size for p in folder.glob("*.safetensors")) if folder.is_dir() else 0
+    return total or 2 * parameter_counts(base_model_of(model))[0]

@@ -85,7 +85,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     Raises:
         ConfigError, DataError, ModelError, RewardError: the run itself would fail with this.
     """
-    asked = config
+    original = config
     for count in gpus:
         launch = config.launch.model_copy(update={"processes": count})
         check_launch(config.model_copy(update={"launch": launch}), count)
@@ -97,14 +97,14 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     _ = run.rows.trees, run.rows.mismatched
     if config.reward is not None or config.evaluation.reward is not None:
         reward_contents(config)  # so that a missing file or folder is reported now
-    held = max(0, resident() - baseline)
+    data_bytes = max(0, resident() - baseline)
     check_offload(run.config, run.device)
     check_places(run.config)
     derived: dict[str, tuple[Any, str]] = {}
     if run.config.train.gradient_checkpointing == "auto":
-        again, why = checkpointing(run)
-        derived["train.gradient_checkpointing"] = ("layers" if again else "off", why)
-        train = run.config.train.model_copy(update={"gradient_checkpointing": again})
+        recompute, reason = checkpointing(run)
+        derived["train.gradient_checkpointing"] = ("layers" if recompute else "off", reason)
+        train = run.config.train.model_copy(update={"gradient_checkpointing": recompute})
         run = OutlinedRun(run.config.model_copy(update={"train": train}), quiet=True, rows=run.rows)
     rows, work = rows_of(run), work_of(run)
     derived |= derived_values(run)
@@ -112,22 +112,22 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
         derived["data.max_length"] = (length, "the model's context")
     settings = settings_of(config, places, derived)
     parameters = parameter_counts(run.model)
-    memory = memory_of(run, work, baseline, held)
+    memory = memory_of(run, work, baseline, data_bytes)
     reference, cached, notes = _reference(run)
     disk = disk_of(run, work, cached)
-    found = duration = None
+    measured = duration = None
     if with_probe:
         room = memory.free * PROBE_ROOM
         if memory.peak - baseline > room:
             notes.append("no probe: the run would need more memory than is free")
         else:
-            found = probe(run, work, disk.checkpoint, cached)
-            duration = duration_of(found, work)
-            notes += _packing_mismatch(run, found)
-    notes += remarks(asked if gpus else run.config, run.rows)
+            measured = probe(run, work, disk.checkpoint, cached)
+            duration = duration_of(measured, work)
+            notes += _packing_mismatch(run, measured)
+    notes += remarks(original if gpus else run.config, run.rows)
     return Plan(
         run.method.name, str(run.folder), _folder_state(run.folder, work.steps), settings, rows, work, parameters, memory, disk, reference,
-        found, duration, tuple(notes), ranks_of(run, memory, gpus),
+        measured, duration, tuple(notes), ranks_of(run, memory, gpus),
     )  # fmt: skip
 
 
@@ -142,8 +142,8 @@ def checkpointing(run: Run) -> tuple[bool, str]:
     train = run.config.train.model_copy(update={"gradient_checkpointing": False})
     planned = OutlinedRun(run.config.model_copy(update={"train": train}), quiet=True, rows=run.rows)
     memory = memory_of(planned, work_of(planned), resident(), 0)
-    said = f"{gigabytes(memory.peak)} without, and this machine has {gigabytes(memory.machine)}"
-    return memory.peak > memory.machine * ROOM, said
+    reason = f"{gigabytes(memory.peak)} without, and this machine has {gigabytes(memory.machine)}"
+    return memory.peak > memory.machine * ROOM, reason
 
 
 def memory_warning(run: Run) -> str | None:
@@ -186,23 +186,23 @@ def _reference(run: OutlinedRun) -> tuple[str, bool | None, list[str]]:
     if kind in words:
         return words[kind], None, []
     try:
-        there = run.cache_files()
+        files = run.cache_files()
     except (PenchantError, MemoryError) as error:
         return f"computed once and cached (could not check whether it exists: {error})", False, []
-    missing = [name for name, path in there.items() if not path.exists()]
+    missing = [name for name, path in files.items() if not path.exists()]
     if not missing:
         return "cached, and there already", True, []
     return f"computed once and cached; not there yet: {', '.join(missing)} rows", False, []
 
 
-def _packing_mismatch(run: OutlinedRun, found: Probe) -> list[str]:
+def _packing_mismatch(run: OutlinedRun, probe: Probe) -> list[str]:
     packing, fast, _ = run.layout
     if run.encoder:
         return []
-    if (found.packing, found.fast) == (packing, fast):
+    if (probe.packing, probe.fast) == (packing, fast):
         return []
-    real = f"{found.packing}{' with' if found.fast else ' without'} the fast path"
-    return [f"the loaded model uses {real}, unlike its config; the counts above assume {packing}"]
+    actual = f"{probe.packing}{' with' if probe.fast else ' without'} the fast path"
+    return [f"the loaded model uses {actual}, unlike its config; the counts above assume {packing}"]
 
 
 def _folder_state(folder: Path, steps: int) -> str:
@@ -211,5 +211,5 @@ def _folder_state(folder: Path, steps: int) -> str:
     last, _ = latest_checkpoint(folder)
     if last is None:
         return "exists, without a checkpoint"
-    end = last.name == f"step-{steps}"
-    return f"holds {last.name}: {'finished' if end else 'training resumes from it'}"
+    finished = last.name == f"step-{steps}"
+    return f"holds {last.name}: {'finished' if finished else 'training resumes from it'}"

@@ -71,19 +71,19 @@ def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | No
         load = time.perf_counter() - started - copy.built.reference_seconds
         seconds, tokens = _timed_steps(loop)
         evaluation = _timed_evaluation(copy, run, loop)
-        writing = _write_speed(Path(folder))
+        seconds_per_byte = _write_speed(Path(folder))
     reference = 0.0
     engine, built = copy.built.parts.engine, copy.built
     if cached is False and built.reference_tokens:
-        everything = [*run.rows.trees[0], *run.rows.trees[1], *run.rows.mismatched.values()]
-        whole = sum(tree_tokens(t, engine.shared) for t in everything)
-        reference = built.reference_seconds / built.reference_tokens * whole
+        all_trees = [*run.rows.trees[0], *run.rows.trees[1], *run.rows.mismatched.values()]
+        total_tokens = sum(tree_tokens(t, engine.shared) for t in all_trees)
+        reference = built.reference_seconds / built.reference_tokens * total_tokens
     return Probe(
         tuple(seconds[1:] or seconds),
         tuple(tokens[1:] or tokens),
         reference,
         evaluation,
-        checkpoint_bytes * writing,
+        checkpoint_bytes * seconds_per_byte,
         load,
         peak_memory(loop.device),
         engine.packing,
@@ -94,7 +94,7 @@ def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | No
 def _short_copy(run: OutlinedRun, folder: Path, steps: int) -> Run:
     """A run in `folder` on the first batches of the real run's schedule, in order, so that it takes the same steps."""
     schedule, repeat = run.schedule, run.method.updates
-    picked = [
+    indices = [
         i for n in range(-(-steps // repeat)) for i in schedule.batch(n * repeat) if n * repeat < schedule.total_steps
     ]
     train = run.config.train.model_copy(
@@ -103,7 +103,7 @@ def _short_copy(run: OutlinedRun, folder: Path, steps: int) -> Run:
     config: RunConfig = run.config.model_copy(update={"train": train, "output": str(folder)})
     folder.mkdir(parents=True)
     # reuse what is known about the data, with only the picked trees
-    return Run(config, quiet=True, rows=run.rows.part(picked, HELD_OUT_ROWS, config), cache=False)
+    return Run(config, quiet=True, rows=run.rows.part(indices, HELD_OUT_ROWS, config), cache=False)
 
 
 def _timed_steps(loop: Loop) -> tuple[list[float], list[int]]:
@@ -111,9 +111,9 @@ def _timed_steps(loop: Loop) -> tuple[list[float], list[int]]:
     schedule = loop.schedule
     for step in range(schedule.total_steps):
         started = time.perf_counter()
-        _, counted, _ = loop.take_step(step, schedule)
+        _, step_tokens, _ = loop.take_step(step, schedule)
         seconds.append(time.perf_counter() - started)
-        tokens.append(counted)
+        tokens.append(step_tokens)
     return seconds, tokens
 
 
@@ -125,13 +125,15 @@ def _timed_evaluation(copy: Run, run: OutlinedRun, loop: Loop) -> float:
     started = time.perf_counter()
     loop.evaluate(1)
     measured = time.perf_counter() - started
-    few, whole = (sum(tree_tokens(t, True) for t in part) for part in (copy.rows.trees[1], run.rows.trees[1]))
+    copy_tokens, run_tokens = (
+        sum(tree_tokens(t, True) for t in part) for part in (copy.rows.trees[1], run.rows.trees[1])
+    )
     prompts = run.config.evaluation.kl_prompts
-    few_rows, all_rows = len(copy.rows.trees[1]), len(run.rows.trees[1])
+    copy_rows, run_rows = len(copy.rows.trees[1]), len(run.rows.trees[1])
     rollouts = run.method.rollouts is not None
-    written = min(prompts, few_rows) if rollouts or writes_completions(copy.config, copy.rows) else 0
-    asked = all_rows if rollouts else min(prompts, all_rows)
-    growth = max(whole / max(1, few), asked / written if written else 0.0)
+    copy_prompts = min(prompts, copy_rows) if rollouts or writes_completions(copy.config, copy.rows) else 0
+    run_prompts = run_rows if rollouts else min(prompts, run_rows)
+    growth = max(run_tokens / max(1, copy_tokens), run_prompts / copy_prompts if copy_prompts else 0.0)
     return measured * growth
 
 
@@ -148,16 +150,16 @@ def _write_speed(folder: Path) -> float:
     return (time.perf_counter() - started) / WRITE_BYTES
 
 
-def duration_of(found: Probe, work: Work) -> Duration:
+def duration_of(probe: Probe, work: Work) -> Duration:
     """Extrapolate from seconds per token of the probed steps: the lowest, their mean, and the highest."""
-    rates = [s / max(1, t) for s, t in zip(found.steps, found.tokens, strict=True)]
-    mean = sum(found.steps) / max(1, sum(found.tokens))
-    once = {
-        "loading": found.load,
-        "reference": found.reference,
-        "evaluations": found.evaluation * work.evaluations,
-        "checkpoints": found.checkpoint * work.checkpoints,
+    rates = [s / max(1, t) for s, t in zip(probe.steps, probe.tokens, strict=True)]
+    mean = sum(probe.steps) / max(1, sum(probe.tokens))
+    fixed = {
+        "loading": probe.load,
+        "reference": probe.reference,
+        "evaluations": probe.evaluation * work.evaluations,
+        "checkpoints": probe.checkpoint * work.checkpoints,
     }
     low, likely, high = (rate * work.tokens for rate in (min(rates), mean, max(rates)))
-    rest = sum(once.values())
-    return Duration(low + rest, likely + rest, high + rest, {"steps": likely, **once})
+    fixed_total = sum(fixed.values())
+    return Duration(low + fixed_total, likely + fixed_total, high + fixed_total, {"steps": likely, **fixed})

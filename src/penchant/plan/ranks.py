@@ -67,7 +67,7 @@ def rank_bytes(
     """
     if ranks == 1:  # nothing is sharded; bf16 weights have fp32 masters
         full = sizes.trained + copies * sizes.every
-        alone = {
+        single = {
             "weights": width * (sizes.every + copies * sizes.every),
             "fp32 master weights": 4 * full if width < 4 else 0,
             "gradients": 4 * full,
@@ -76,12 +76,12 @@ def rank_bytes(
             "reward models": whole * width * sizes.every,
             "activations of a pass": activations,
         }
-        return {name: n for name, n in alone.items() if n}
+        return {name: n for name, n in single.items() if n}
     share = ranks // replicas
     gathered = sizes.root + (2 * sizes.layer if reshard else sizes.every - sizes.root)
     trains = sizes.trained > sizes.every // 2  # otherwise an adapter, whose gradients are small
     full = sizes.trained + copies * sizes.every
-    passing = 4 * (sizes.root + 2 * sizes.layer) if trains else 4 * sizes.trained
+    unreduced = 4 * (sizes.root + 2 * sizes.layer) if trains else 4 * sizes.trained
     parts = {
         "fp32 master weights": 4 * full,
         "weights": width * (sizes.every - sizes.trained),
@@ -89,14 +89,14 @@ def rank_bytes(
         "the optimizer's moments": sizes.moments + copies * sizes.moments * sizes.every // max(1, sizes.trained),
         "reference": (width * (frozen + moved) + 4 * moved) * sizes.every,
     }
-    found = {name: -(-n // share) for name, n in parts.items() if n and not offload}
-    beside = {
+    sharded = {name: -(-n // share) for name, n in parts.items() if n and not offload}
+    unsharded = {
         "reward models": whole * width * sizes.every,
         "gathered weights": width * gathered * (2 if copies or frozen or moved else 1),
-        "gradients on their way to the others": passing,
+        "gradients on their way to the others": unreduced,
         "activations of a pass": activations,
     }
-    return found | {name: n for name, n in beside.items() if n}
+    return sharded | {name: n for name, n in unsharded.items() if n}
 
 
 def activations_of(config: Any, tokens: int, width: int = 2) -> int:
@@ -107,28 +107,27 @@ def activations_of(config: Any, tokens: int, width: int = 2) -> int:
     """
     d, heads = config.hidden_size, config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", heads) * (getattr(config, "head_dim", None) or d // heads)
-    one = (
-        6 * d + 2 * kv + 3 * config.intermediate_size
-    )  # inputs, norms, q, attention, residual; k, v; gate, up, their product
-    return tokens * width * (d * config.num_hidden_layers + one) + 4 * tokens * heads
+    # inputs, norms, q, attention, residual; k, v; gate, up, their product
+    layer = 6 * d + 2 * kv + 3 * config.intermediate_size
+    return tokens * width * (d * config.num_hidden_layers + layer) + 4 * tokens * heads
 
 
 def ranks_of(run: OutlinedRun, memory: Memory, counts: Sequence[int]) -> dict[int, dict[str, int]]:
     """``{number of processes: {part: bytes per process}}`` for a run. The activations in `memory` are split over `launch.context` ranks."""
     launch = run.config.launch
-    passing = sum(n for name, n in memory.parts.items() if name.startswith("head"))
-    passing += sum(n for name, n in memory.parts.items() if name.startswith("activations")) // launch.context
+    activations = sum(n for name, n in memory.parts.items() if name.startswith("head"))
+    activations += sum(n for name, n in memory.parts.items() if name.startswith("activations")) // launch.context
     sizes, needed = Sizes.of(run.model, run.config.train.optimizer), "reference" in run.method.needs
-    held = needed and reference_kind(run.config) == "frozen"
-    how: dict[str, Any] = {
+    frozen = needed and reference_kind(run.config) == "frozen"
+    options: dict[str, Any] = {
         "width": run.dtype.itemsize,
-        "activations": passing,
+        "activations": activations,
         "copies": run.method.copies,
-        "frozen": int(held and not run.config.reference.moves),
-        "moved": int(held and run.config.reference.moves),
+        "frozen": int(frozen and not run.config.reference.moves),
+        "moved": int(frozen and run.config.reference.moves),
     }
-    several: dict[str, Any] = {"replicas": launch.replicas, "reshard": launch.reshard, "offload": launch.offload}
-    return {n: rank_bytes(sizes, n, **how, **({} if n == 1 else several)) for n in counts}
+    sharding: dict[str, Any] = {"replicas": launch.replicas, "reshard": launch.reshard, "offload": launch.offload}
+    return {n: rank_bytes(sizes, n, **options, **({} if n == 1 else sharding)) for n in counts}
 
 
 # ---- The table of docs/many_gpus.md: common model sizes on 1 to 64 GPUs ----
@@ -156,8 +155,8 @@ def sizes_of(shape: Mapping[str, int], lora: bool = False) -> Sizes:
     from penchant.models.load import add_lora, on_meta
     from penchant.models.options import LoraConfig
 
-    made = [on_meta(AutoModelForCausalLM, LlamaConfig(**{**shape, "num_hidden_layers": n})) for n in (1, 2)]  # type: ignore[arg-type]
-    one, two = (astuple(Sizes.of(add_lora(model, LoraConfig(), 0) if lora else model)) for model in made)
+    models = [on_meta(AutoModelForCausalLM, LlamaConfig(**{**shape, "num_hidden_layers": n})) for n in (1, 2)]  # type: ignore[arg-type]
+    one, two = (astuple(Sizes.of(add_lora(model, LoraConfig(), 0) if lora else model)) for model in models)
     return Sizes(*(a + (shape["num_hidden_layers"] - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
 
@@ -168,12 +167,13 @@ def table() -> list[str]:
     lines = [f"| | {' | '.join(map(str, GPUS))} |", "|---" * (len(GPUS) + 1) + "|"]
     for name, shape in SHAPES.items():
         config: Any = LlamaConfig(**shape)  # type: ignore[arg-type]
-        for kind, how in KINDS.items():
-            sizes = sizes_of(shape, "lora" in how)
-            more = {key: value for key, value in how.items() if key != "lora"}
-            passing = activations_of(config, TOKENS)
+        for kind, options in KINDS.items():
+            sizes = sizes_of(shape, "lora" in options)
+            kwargs = {key: value for key, value in options.items() if key != "lora"}
+            activations = activations_of(config, TOKENS)
             cells = [
-                f"{sum(rank_bytes(sizes, n, width=2, activations=passing, **more).values()) / 1e9:,.0f}" for n in GPUS
+                f"{sum(rank_bytes(sizes, n, width=2, activations=activations, **kwargs).values()) / 1e9:,.0f}"
+                for n in GPUS
             ]
             lines.append(f"| {name}: {kind} | {' | '.join(cells)} |")
     return lines

@@ -36,18 +36,18 @@ class Setting:
     why: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        known = {"key": self.key, "value": self.value, "source": self.source}
-        return known | ({"became": self.became, "why": self.why} if self.why else {})
+        entry = {"key": self.key, "value": self.value, "source": self.source}
+        return entry | ({"became": self.became, "why": self.why} if self.why else {})
 
 
 def settings_of(config: RunConfig, places: Places, derived: Mapping[str, Derived]) -> list[Setting]:
     """Every config key as a `Setting`, in the config's order."""
-    found = []
+    settings = []
     for path, value in _leaves(config.model_dump(mode="json")):
         key = ".".join(path)
         became, why = derived.get(key, (None, ""))
-        found.append(Setting(key, value, _source(path, places, config), became, why))
-    return found
+        settings.append(Setting(key, value, _source(path, places, config), became, why))
+    return settings
 
 
 def _leaves(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -85,19 +85,19 @@ def places_in(values: Mapping[str, Any], where: str) -> Places:
 
 def derived_values(run: OutlinedRun) -> dict[str, Derived]:
     """``{key: (resolved value, reason)}`` for every key that is ``auto`` or another placeholder."""
-    asked = dict(_leaves(run.config.model_dump(mode="json")))
-    found = {}
+    values = dict(_leaves(run.config.model_dump(mode="json")))
+    derived = {}
     for key, (placeholder, derive) in DERIVED.items():
         path = tuple(key.split("."))
-        if path in asked and asked[path] == placeholder:
-            found[key] = derive(run)
+        if path in values and values[path] == placeholder:
+            derived[key] = derive(run)
     for name, value in run.method.resolved.items():
-        if asked.get(("algorithm", name)) == "auto":
-            found[f"algorithm.{name}"] = (value, f"the default of {run.method.name}")
+        if values.get(("algorithm", name)) == "auto":
+            derived[f"algorithm.{name}"] = (value, f"the default of {run.method.name}")
     encoder = run.rows.reward_parts
     if encoder is not None and encoder.max_length < run.config.data.max_length:
-        found["data.max_length"] = (encoder.max_length, "the encoder's limit")
-    return found
+        derived["data.max_length"] = (encoder.max_length, "the encoder's limit")
+    return derived
 
 
 def _dtype(run: OutlinedRun) -> Derived:
@@ -138,20 +138,20 @@ def _lr(run: OutlinedRun) -> Derived:
 
 def _template(run: OutlinedRun) -> Derived:
     name = run.rows.tokenized[0].template
-    why = "the tokenizer has a chat template" if name == "chat" else "the tokenizer has none"
-    return name, "plain documents" if run.rows.datasets[0].kind == "text" else why
+    reason = "the tokenizer has a chat template" if name == "chat" else "the tokenizer has none"
+    return name, "plain documents" if run.rows.datasets[0].kind == "text" else reason
 
 
 def _reference(run: OutlinedRun) -> Derived:
     if "reference" not in run.method.needs:
         return "none", f"{run.method.name} needs no reference"
     kind = reference_kind(run.config)
-    why = {
+    reasons = {
         "cached": "computed once and kept on disk",
         "adapter": f"the model with its adapter {'off' if run.config.model.adapter is None else 'as it starts'}; no copy is held",
         "frozen": "it must run in each step",
     }
-    return kind, why[kind]
+    return kind, reasons[kind]
 
 
 DERIVED: dict[str, tuple[Any, Callable[[OutlinedRun], Derived]]] = {

@@ -24,14 +24,14 @@ def size(n: float) -> str:
 def plan_text(plan: Plan, whole: bool = False) -> str:
     """Format a plan: whether it fits, time, steps, rows, and the given or resolved settings. With `whole`, every section and setting."""
     data = [line for name, rows in plan.rows.items() for line in _data(name, rows)]
-    given = [s for s in plan.settings if s.why or not s.source.startswith("default")]
-    short = {"": _summary(plan), "SETTINGS, given or worked out": _settings(given)}
-    every = {
+    chosen = [s for s in plan.settings if s.why or not s.source.startswith("default")]
+    short_sections = {"": _summary(plan), "SETTINGS, given or worked out": _settings(chosen)}
+    all_sections = {
         "SETTINGS": _settings(plan.settings), "DATA": data, "WORK": _work(plan),
         "MEMORY": _memory(plan.memory, plan), "DISK": _disk(plan), "TIME": _time(plan),
     }  # fmt: skip
     lines = [f"{plan.method} in {plan.output} ({plan.folder})"]
-    for title, body in (every if whole else short).items():
+    for title, body in (all_sections if whole else short_sections).items():
         lines += ["", *([title] if title else []), *(f"  {line}" for line in body)]
     if plan.notes:
         lines += ["", *(f"! {note}" for note in plan.notes)]
@@ -59,12 +59,12 @@ def _ranks(plan: Plan) -> list[str]:
 def _summary(plan: Plan) -> list[str]:
     memory, disk, work = plan.memory, plan.disk, plan.work
     rows = []
-    for what, fits, peak, free in (
+    for label, fits, peak, free in (
         *([] if plan.ranks else [("memory", memory.fits, memory.peak, memory.free)]),
         ("disk", disk.fits, disk.peak, disk.free),
     ):
-        tight = "" if peak <= free else ": MORE THAN IS FREE NOW"
-        rows.append((what, f"{'fits' + tight if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} free"))
+        warning = "" if peak <= free else ": MORE THAN IS FREE NOW"
+        rows.append((label, f"{'fits' + warning if fits else 'IT DOES NOT FIT'}: {size(peak)} of {size(free)} free"))
     rows += [
         ("time", _time(plan)[0]),
         ("steps", f"{work.steps:,} ({work.steps_per_epoch:,} an epoch)"),
@@ -90,13 +90,13 @@ def columns(rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _settings(settings: Sequence[Setting]) -> list[str]:
-    found = []
+    rows = []
     for s in settings:
         value = as_yaml(s.value)
         if s.why:
             value += f" -> {as_yaml(s.became)}"
-        found.append((s.key, value, s.source + (f"; {s.why}" if s.why else "")))
-    return columns(found)
+        rows.append((s.key, value, s.source + (f"; {s.why}" if s.why else "")))
+    return columns(rows)
 
 
 def _data(name: str, rows: Rows) -> list[str]:
@@ -112,15 +112,15 @@ def _data(name: str, rows: Rows) -> list[str]:
 
 def _work(plan: Plan) -> list[str]:
     w = plan.work
-    about = "" if w.exact else "about "
-    tokens = f"{about}{w.tokens:,} ({w.trained:,} of completions)"
+    prefix = "" if w.exact else "about "
+    tokens = f"{prefix}{w.tokens:,} ({w.trained:,} of completions)"
     if w.saving > 0.0005:
         tokens += f"; {w.separate:,} with every prompt repeated, so shared prompts save {w.saving:.0%}"
     rows = [
         ("optimizer steps", f"{w.steps:,} ({w.steps_per_epoch:,} an epoch), the first {w.warmup:,} warm up"),
         (
             "forward/backward passes",
-            f"{about}{w.passes:,}, {w.passes / w.steps:.1f} a step; the largest has {w.largest:,} tokens",
+            f"{prefix}{w.passes:,}, {w.passes / w.steps:.1f} a step; the largest has {w.largest:,} tokens",
         ),
         ("tokens computed", tokens),
         ("evaluations, checkpoints", f"{w.evaluations}, {w.checkpoints}"),

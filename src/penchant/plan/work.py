@@ -77,7 +77,7 @@ class Work:
 
 def rows_of(run: OutlinedRun) -> dict[str, Rows]:
     """`Rows` of the parts ``train`` and, if there is one, ``held out``."""
-    found = {}
+    parts = {}
     names = ("train", "held out")
     for name, tokenized, trees in zip(names, run.rows.tokenized, run.rows.trees, strict=True):
         if tokenized is None:
@@ -85,7 +85,7 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
         source = run.rows.loaded["heldout" if name == "held out" and "heldout" in run.rows.loaded else "train"]
         cut = {*tokenized.cut_prompts, *tokenized.cut_completions}
         prompts, completions = _token_quantiles(trees)
-        found[name] = Rows(
+        parts[name] = Rows(
             source.total,
             source.accepted,
             len(source.quarantined) + len(tokenized.quarantined),
@@ -96,7 +96,7 @@ def rows_of(run: OutlinedRun) -> dict[str, Rows]:
             completions,
             len(cut) / max(1, len(tokenized.trees)),
         )
-    return found
+    return parts
 
 
 def _token_quantiles(trees: Sequence[TokenTree]) -> list[tuple[int, ...]]:
@@ -105,8 +105,8 @@ def _token_quantiles(trees: Sequence[TokenTree]) -> list[tuple[int, ...]]:
     is_prompt = np.zeros(len(lengths), bool)
     is_prompt[np.cumsum(counts) - counts] = True
     return [
-        tuple(map(int, np.quantile(some, QUANTILES, method="inverted_cdf"))) if len(some) else ()
-        for some in (lengths[is_prompt], lengths[~is_prompt])
+        tuple(map(int, np.quantile(values, QUANTILES, method="inverted_cdf"))) if len(values) else ()
+        for values in (lengths[is_prompt], lengths[~is_prompt])
     ]
 
 
@@ -230,8 +230,8 @@ class Disk:
 
 def disk_of(run: OutlinedRun, work: Work, cached: bool | None) -> Disk:
     """Estimate the disk use. `cached` tells whether the reference cache already exists; None if none is used."""
-    keep = run.config.checkpoint
-    kept = min(work.checkpoints, keep.keep_last + (1 if keep.keep_best and work.evaluations else 0))
+    options = run.config.checkpoint
+    kept = min(work.checkpoints, options.keep_last + (1 if options.keep_best and work.evaluations else 0))
     completions = sum(len(t.completion_ids) for part in run.rows.trees for t in part)
     tokens = sum(n for part in run.rows.trees for t in part for n in t.trained)
     cache = 0
@@ -239,5 +239,5 @@ def disk_of(run: OutlinedRun, work: Work, cached: bool | None) -> Disk:
         cache = 4 * (completions + (tokens if "shared_logps" in run.method.needs else 0))
         cache += 4 * len(run.rows.mismatched)
     logs = LINE_BYTES * (work.steps + 4 * work.evaluations) + REPORT_BYTES
-    one = checkpoint_bytes(run.config, run.model, run.dtype)
-    return Disk(one, kept, cache, logs, free_bytes(run.folder) or 0)
+    size = checkpoint_bytes(run.config, run.model, run.dtype)
+    return Disk(size, kept, cache, logs, free_bytes(run.folder) or 0)

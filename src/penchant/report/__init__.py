@@ -110,8 +110,8 @@ class LiveReport:
         self.say = say
         self.clock = clock
         self.failed = False
-        self._written: float | None = None
-        self._took = 0.0
+        self._written_at: float | None = None
+        self._duration = 0.0
 
     def on_event(self, event: str) -> None:
         """Write the report if it is due, after a step (``"step"``) or an evaluation (``"eval"``)."""
@@ -119,17 +119,19 @@ class LiveReport:
 
     def now(self) -> None:
         """Write the report regardless of time limits, at the end of a run."""
-        self._written, self.failed = None, False
+        self._written_at, self.failed = None, False
         self._write(0.0)
 
     def _write(self, at_least: float) -> None:
         now = self.clock()
-        if self.failed or (self._written is not None and now - self._written < max(at_least, SHARE * self._took)):
+        if self.failed or (
+            self._written_at is not None and now - self._written_at < max(at_least, SHARE * self._duration)
+        ):
             return
         try:
             write_report(self.folder)
         except Exception as error:  # a failing report must never end the run
             self.failed = True
             self.say(f"the report could not be written ({error}); `penchant report` tries again")
-        self._written = self.clock()
-        self._took = self._written - now
+        self._written_at = self.clock()
+        self._duration = self._written_at - now

@@ -15,49 +15,49 @@ from penchant.runfolder.values import mapping, num, sequence, text
 
 def audit(data: ReportData) -> Element | None:
     """Every distinct audit once, since runs on the same rows share it; None if there is none."""
-    found: dict[str, tuple[list[RunData], Mapping[str, Any]]] = {}
+    audits: dict[str, tuple[list[RunData], Mapping[str, Any]]] = {}
     for run in data.runs:
         if mapping(run.audit.get("findings")):
-            found.setdefault(text(dict(run.audit)), ([], run.audit))[0].append(run)
+            audits.setdefault(text(dict(run.audit)), ([], run.audit))[0].append(run)
     parts = []
-    for runs, of_one in found.values():
+    for runs, contents in audits.values():
         more = f" and {len(runs) - 6} more" if len(runs) > 6 else None
         title = el("h3", user_text(", ".join(r.name for r in runs[:6])), more)
-        parts.append(el("div", title if len(found) > 1 else None, _audit_body(of_one)))
+        parts.append(el("div", title if len(audits) > 1 else None, _audit_body(contents)))
     return el("div", parts) if parts else None
 
 
 def _audit_body(of: Mapping[str, Any]) -> Element:
     findings = [mapping(f) for f in mapping(of.get("findings")).values()]
-    some = [f for f in findings if num(f, "count")]
-    none = [text(f.get("title")) for f in findings if not num(f, "count")]
+    present = [f for f in findings if num(f, "count")]
+    absent = [text(f.get("title")) for f in findings if not num(f, "count")]
     rows: list[list[Node]] = [
         [
             user_text(text(f.get("title"))),
             el("b", f"{num(f, 'count'):,.0f}"),
-            "" if (of_ := num(f, "of")) is None else f"of {of_:,.0f}",
+            "" if (total := num(f, "of")) is None else f"of {total:,.0f}",
             percent(num(f, "share")),
             el("small", _locations(f)),
         ]
-        for f in some
+        for f in present
     ]
-    clear = join_nodes([user_text(title) for title in none], "; ")
+    listing = join_nodes([user_text(title) for title in absent], "; ")
     return el(
         "div",
         el("p", user_text(text(of.get("summary")), tag="span")) if of.get("summary") else None,
         panel(["found", "rows", "", "share", "where"], rows, numeric=(1, 2, 3)) if rows else None,
-        note("Looked for and not found: ", clear, ".") if clear else None,
+        note("Looked for and not found: ", listing, ".") if listing else None,
         lengths_table(mapping(of.get("lengths"))),
     )
 
 
 def _locations(finding: Mapping[str, Any]) -> list[Node]:
     places = [text(w) for w in sequence(finding.get("where"))]
-    note = text(finding.get("note"))
+    remark = text(finding.get("note"))
     more = (num(finding, "count") or 0) - len(places)
-    parts: list[Node] = [user_text(note)] if note else []
+    parts: list[Node] = [user_text(remark)] if remark else []
     if places:
-        parts += [" \u00b7 " if note else None, user_text(", ".join(places)), ", \u2026" if more > 0 else None]
+        parts += [" \u00b7 " if remark else None, user_text(", ".join(places)), ", \u2026" if more > 0 else None]
     return parts
 
 
@@ -67,8 +67,8 @@ def lengths_table(lengths: Mapping[str, Any], unit: str = "tokens") -> Element |
     if not columns:
         return None
     rows: list[list[Node]] = [
-        [user_text(what), *(MISSING if (v := num(q, c)) is None else f"{v:,.0f}" for c in columns)]
-        for what, q in lengths.items()
+        [user_text(name), *(MISSING if (v := num(q, c)) is None else f"{v:,.0f}" for c in columns)]
+        for name, q in lengths.items()
     ]
     caption = f"Lengths in {'tokens' if unit == 'lengths' else unit}"
     return panel(["", *map(user_text, columns)], rows, numeric=range(1, len(columns) + 1), caption=caption)
@@ -99,7 +99,7 @@ def render_audit(audit: Mapping[str, Any], title: str) -> str:
     for name, finding in findings.items():
         grouped.setdefault(_group(name), []).append(mapping(finding))
     order = [*(g for g, _ in GROUPS), OTHER]
-    made = [_section(name, grouped[name]) for name in order if name in grouped]
+    sections = [_section(name, grouped[name]) for name in order if name in grouped]
     tables = [t for t in (lengths_table(mapping(audit.get(k)), k) for k in ("lengths", "characters")) if t is not None]
     body = el(
         "main",
@@ -110,7 +110,7 @@ def render_audit(audit: Mapping[str, Any], title: str) -> str:
             el("p", user_text(text(audit.get("layout"))), class_="soft facts-line"),
             el("p", user_text(text(audit.get("summary"))), class_="soft facts-line"),
         ),
-        made,
+        sections,
         el("section", el("h2", "Lengths"), tables) if tables else None,
         el(
             "footer",
@@ -126,14 +126,14 @@ def _group(name: str) -> str:
 
 
 def _section(title: str, findings: Sequence[Mapping[str, Any]]) -> Element:
-    some = [f for f in findings if num(f, "count") or _unknown(f)]
-    clear = [text(f.get("title")) for f in findings if not (num(f, "count") or _unknown(f))]
+    present = [f for f in findings if num(f, "count") or _unknown(f)]
+    absent = [text(f.get("title")) for f in findings if not (num(f, "count") or _unknown(f))]
     return el(
         "section",
         el("h2", title),
-        panel(["", "rows", "of", "share", "95% interval"], map(_row, some), numeric=(1, 2, 3)) if some else None,
-        [_places(f) for f in some if sequence(f.get("where"))],
-        note("Looked for and not found: ", "; ".join(clear), ".") if clear else None,
+        panel(["", "rows", "of", "share", "95% interval"], map(_row, present), numeric=(1, 2, 3)) if present else None,
+        [_places(f) for f in present if sequence(f.get("where"))],
+        note("Looked for and not found: ", "; ".join(absent), ".") if absent else None,
         aria_label=title,
     )
 
@@ -143,16 +143,16 @@ def _unknown(finding: Mapping[str, Any]) -> bool:
 
 
 def _row(finding: Mapping[str, Any]) -> list[Node]:
-    note = text(finding.get("note"))
+    remark = text(finding.get("note"))
     advice = text(finding.get("advice")) if num(finding, "count") else ""
-    what: list[Node] = [user_text(text(finding.get("title")))]
-    what += [el("br"), el("small", user_text(note))] if note else []
-    what += [el("br"), el("small", "\u2192 ", user_text(advice))] if advice else []
+    label: list[Node] = [user_text(text(finding.get("title")))]
+    label += [el("br"), el("small", user_text(remark))] if remark else []
+    label += [el("br"), el("small", "\u2192 ", user_text(advice))] if advice else []
     if _unknown(finding):
-        return [el("span", what), "", "", "", ""]
+        return [el("span", label), "", "", "", ""]
     ends = [e for e in sequence(finding.get("interval")) if isinstance(e, (int, float))]
     return [
-        el("span", what),
+        el("span", label),
         el("b", f"{num(finding, 'count') or 0:,.0f}"),
         f"{num(finding, 'of') or 0:,.0f}",
         percent(num(finding, "share")),

@@ -37,9 +37,9 @@ class Panel:
         return names.metric(self.lines[0][0]).share
 
     def plot(self, title: str, lines: Sequence[Line], note: str, levels: tuple[Level, ...] = ()) -> Plot:
-        says = _describe(lines, self.share)
+        description = _describe(lines, self.share)
         key = "p-" + "".join(c if c.isascii() and c.isalnum() else "-" for c in title.lower()).strip("-")
-        return Plot(key, title, self.unit, "step", tuple(lines), says, note, self.share, self.log, levels)
+        return Plot(key, title, self.unit, "step", tuple(lines), description, note, self.share, self.log, levels)
 
 
 def _train_and_held_out(title: str, name: str, unit: str = "", *, log: bool = False, main: bool = True) -> Panel:
@@ -87,15 +87,15 @@ PANELS = (
 
 def _panels(data: ReportData) -> tuple[Panel, ...]:
     """`PANELS`, with a panel for each reward after that of the total if a run's reward is a sum of several."""
-    found = {
+    logged = {
         n for run in data.runs for line in (*run.trained[-1:], *run.evals[-1:]) for n in line if ONE_REWARD.fullmatch(n)
     }
-    single = sorted({n.removeprefix("eval/") for n in found})
-    if len(single) < 2:
+    rewards = sorted({n.removeprefix("eval/") for n in logged})
+    if len(rewards) < 2:
         return PANELS
-    at = next(i for i, panel in enumerate(PANELS) if panel.lines[0][0] == "reward") + 1
-    own = (_train_and_held_out(f"Reward {n.split('/', 1)[1].removesuffix('/mean')}", n, main=False) for n in single)
-    return (*PANELS[:at], *own, *PANELS[at:])
+    index = next(i for i, panel in enumerate(PANELS) if panel.lines[0][0] == "reward") + 1
+    panels = (_train_and_held_out(f"Reward {n.split('/', 1)[1].removesuffix('/mean')}", n, main=False) for n in rewards)
+    return (*PANELS[:index], *panels, *PANELS[index:])
 
 
 BY_SET = (("Loss", "loss", ""), ("Preference accuracy", "rewards/accuracies", "%"), ("Perplexity", "perplexity", ""))
@@ -120,22 +120,22 @@ def curves(data: ReportData) -> Element | None:
         plots.append((True, _reliability(data.runs[0].calibration)))
     else:
         plots = [(panel.main, plot) for panel in panels for plot in _overlaid_plots(panel, data)]
-    drawn = [(main, picture) for main, plot in plots if plot is not None and (picture := figure(plot)) is not None]
-    if not drawn:
+    pictures = [(main, picture) for main, plot in plots if plot is not None and (picture := figure(plot)) is not None]
+    if not pictures:
         return None
-    shown, more = ([picture for main, picture in drawn if main is open_] for open_ in (True, False))
+    main_plots, detail_plots = ([picture for main, picture in pictures if main is is_main] for is_main in (True, False))
     details = fold(
-        f"{count(len(more), 'more plot')}: optimization and training details",
-        el("div", more, class_="plots"),
+        f"{count(len(detail_plots), 'more plot')}: optimization and training details",
+        el("div", detail_plots, class_="plots"),
         key="more-plots",
-        open_=not shown,
+        open_=not main_plots,
     )
-    return el("div", el("div", shown, class_="plots") if shown else None, details if more else None)
+    return el("div", el("div", main_plots, class_="plots") if main_plots else None, details if detail_plots else None)
 
 
 def metric_points(run: RunData, metric: str) -> tuple[Point, ...]:
     """(step, value) of a metric as logged; if a step was logged again after a resume, its last line counts."""
-    found = {
+    by_step = {
         step: value
         for line in (run.evals if metric.startswith("eval/") else run.trained)
         if (step := num(line, "step")) is not None
@@ -143,17 +143,17 @@ def metric_points(run: RunData, metric: str) -> tuple[Point, ...]:
         # an online method's held-out loss is minus its reward, for choosing a checkpoint; it is not comparable to the training loss
         and not (metric == "eval/loss" and num(line, "eval/reward") == -value)
     }
-    return tuple(sorted(found.items()))
+    return tuple(sorted(by_step.items()))
 
 
 def metric_intervals(run: RunData, metric: str) -> tuple[Band, ...]:
     """(step, low, high) of a metric's intervals on held-out rows."""
-    found = {
+    by_step = {
         step: ci
         for line in run.evals
         if (step := num(line, "step")) is not None and (ci := ci_of(line, metric)) is not None
     }
-    return tuple((step, *found[step]) for step in sorted(found))
+    return tuple((step, *by_step[step]) for step in sorted(by_step))
 
 
 def _single_run_plot(panel: Panel, run: RunData) -> Plot | None:
@@ -174,29 +174,29 @@ def _single_run_plot(panel: Panel, run: RunData) -> Plot | None:
         note = f"thick: running mean of {window(len(points))} steps"
     if not lines:
         return None
-    if len([x for x in lines if x.tag]) == 1 and panel.lines[0][1] in ("train", "held out", panel.title):
-        lines = [x if x.label == "held out" else replace(x, tag="") for x in lines]
+    if len([line for line in lines if line.tag]) == 1 and panel.lines[0][1] in ("train", "held out", panel.title):
+        lines = [line if line.label == "held out" else replace(line, tag="") for line in lines]
     levels = (Level(0.5, "one half"),) if panel.share and "win rate" in panel.title.lower() else ()
     return panel.plot(panel.title, lines, note, levels)
 
 
 def _overlaid_plots(panel: Panel, data: ReportData) -> list[Plot]:
     """One plot for each line of the panel, since with many runs a shared plot would be crowded."""
-    made = []
+    plots = []
     for metric, label in panel.lines:
         bands = len(data.settings) <= BANDS
         lines = [line for setting in data.settings for line in _setting_lines(setting, metric, bands)]
         if not lines:
             continue
-        where = "held out" if metric.startswith("eval/") else "training"
+        source = "held out" if metric.startswith("eval/") else "training"
         title = panel.title
         if len(panel.lines) > 1:
-            title = f"{panel.title}, {label if label not in ('train', 'held out') else where}"
-        sizes = [window(len(x.points)) for x in lines if x.drawn]
+            title = f"{panel.title}, {label if label not in ('train', 'held out') else source}"
+        sizes = [window(len(line.points)) for line in lines if line.drawn]
         notes = [f"running means of {max(sizes)} steps"] if sizes else []
         notes += ["thick: mean over seeds"] if any(len(s.runs) > 1 for s in data.settings) else []
-        made.append(panel.plot(title, lines, ", ".join(notes)))
-    return made
+        plots.append(panel.plot(title, lines, ", ".join(notes)))
+    return plots
 
 
 def _setting_lines(setting: Setting, metric: str, bands: bool) -> list[Line]:
@@ -209,14 +209,14 @@ def _setting_lines(setting: Setting, metric: str, bands: bool) -> list[Line]:
         drawn = smooth(points) if not held_out and len(points) >= MANY else None
         return Line(label, points, setting.place, group=setting.key, drawn=drawn, **look)
 
-    whole = f"{setting.key} {setting.name}"
+    full_name = f"{setting.key} {setting.name}"
     if len(series) == 1:
         ends = metric_intervals(series[0][0], metric) if held_out and bands else ()
-        return [line(whole, series[0][1], ends=ends, marked=held_out, tag=setting.key)]
+        return [line(full_name, series[0][1], ends=ends, marked=held_out, tag=setting.key)]
     lines = [line(f"{setting.key} seed {run.seed or '?'}", p, look="thin", column=False) for run, p in series]
     values = [dict(p) for _, p in series]
     mean = tuple((x, sum(v[x] for v in values) / len(values)) for x in sorted(set.intersection(*map(set, values))))
-    name = f"{whole}, mean of {len(series)} seeds"
+    name = f"{full_name}, mean of {len(series)} seeds"
     return [*lines, line(name, mean, marked=held_out, tag=setting.key)] if mean else lines
 
 
@@ -242,7 +242,7 @@ def _reliability(quality: Mapping[str, Any]) -> Plot | None:
     if not points:
         return None
     diagonal = Line("calibrated", ((50.0, 0.5), (100.0, 1.0)), 6, look="faint", tag="calibrated", column=False)
-    pairs = Line("share right", points, 0, marked=True, tag="")
-    says = f"{len(points)} bins of held-out pairs; on the diagonal confidence and share right agree"
+    measured = Line("share right", points, 0, marked=True, tag="")
+    description = f"{len(points)} bins of held-out pairs; on the diagonal confidence and share right agree"
     title, unit, across = "Reliability on held-out pairs", "% right", "confidence, %"
-    return Plot("reliability", title, unit, across, (diagonal, pairs), says, share=True)
+    return Plot("reliability", title, unit, across, (diagonal, measured), description, share=True)

@@ -36,12 +36,12 @@ class RunData(Folder):
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """Rows of a file; for files that are over steps, only the rows with a step."""
-        found = super().rows(name)
+        rows = super().rows(name)
         if name not in (METRICS, PERF):
-            return found
-        kept = [row for row in found if num(row, "step") is not None]
-        self.unreadable[name] += len(found) - len(kept) if name == METRICS else 0
-        return kept
+            return rows
+        valid = [row for row in rows if num(row, "step") is not None]
+        self.unreadable[name] += len(rows) - len(valid) if name == METRICS else 0
+        return valid
 
     @property
     def bad_lines(self) -> int:
@@ -72,8 +72,8 @@ class RunData(Folder):
     @property
     def status(self) -> str:
         """The manifest's status, or ``killed`` if that is ``running`` but the process is gone."""
-        said = text(self.manifest.get("status"))
-        return "killed" if said == "running" and not self.alive else said
+        recorded = text(self.manifest.get("status"))
+        return "killed" if recorded == "running" and not self.alive else recorded
 
     @property
     def seed(self) -> str:
@@ -155,16 +155,16 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
     folders = [_resolve_folder(Path(p)) for p in paths]
     if not folders:
         raise CheckpointError("report", "no path is given", HOW)
-    found = [_scan_folder(folder) for folder in folders]
-    run_folders = list(dict.fromkeys(f for c in found for f in c.runs))
-    comparisons = tuple(read_comparison(f) for c in found for f in c.comparisons)
-    sweep = next((c.sweep for c in found if c.sweep), {})
+    contents = [_scan_folder(folder) for folder in folders]
+    run_folders = list(dict.fromkeys(f for c in contents for f in c.runs))
+    comparisons = tuple(read_comparison(f) for c in contents for f in c.comparisons)
+    sweep = next((c.sweep for c in contents if c.sweep), {})
     names = _names(run_folders, folders)
     runs = tuple(RunData(f, names[f]) for f in run_folders[:MOST_RUNS])
-    kind = found[0].kind if len(found) == 1 else "runs" if run_folders else "comparison"
+    kind = contents[0].kind if len(contents) == 1 else "runs" if run_folders else "comparison"
     title = folders[0].name if len(folders) == 1 else _join_names([f.name for f in folders])
     states = [text(mapping(r).get("state")) for r in mapping(sweep.get("runs")).values()]
-    going_on = any(r.status == "running" for r in runs) or ("running" in states and may_be_running(folders[0]))
+    is_running = any(r.status == "running" for r in runs) or ("running" in states and may_be_running(folders[0]))
     return ReportData(
         kind=kind,
         title=title or str(folders[0]),
@@ -173,7 +173,7 @@ def read_report(paths: Sequence[Path], now: float) -> ReportData:
         settings=group_by_setting(runs, sweep),
         sweep=sweep,
         comparisons=comparisons,
-        is_running=going_on,
+        is_running=is_running,
         left_out=max(0, len(run_folders) - MOST_RUNS),
         now=now,
     )
@@ -196,23 +196,23 @@ def _resolve_folder(path: Path) -> Path:
 
 
 def _scan_folder(folder: Path) -> _FolderContents:
-    here = read_folder(folder)
+    contents = read_folder(folder)
     comparisons = (folder,) if (folder / COMPARISON).is_file() else ()
-    if here.sweep:
+    if contents.sweep:
         return _FolderContents(
-            "sweep", _runs_inside(folder, mapping(here.sweep.get("runs"))), comparisons, sweep=here.sweep
+            "sweep", _runs_inside(folder, mapping(contents.sweep.get("runs"))), comparisons, sweep=contents.sweep
         )
-    if here.pipeline:
-        return _FolderContents("pipeline", _runs_inside(folder, mapping(here.pipeline.get("stages"))), comparisons)
-    if here.is_run:
+    if contents.pipeline:
+        return _FolderContents("pipeline", _runs_inside(folder, mapping(contents.pipeline.get("stages"))), comparisons)
+    if contents.is_run:
         return _FolderContents("run", (folder,), comparisons)
     if comparisons:
-        return _FolderContents("comparison", _compared_runs(here), comparisons)
+        return _FolderContents("comparison", _compared_runs(contents), comparisons)
     runs = tuple(sorted((f for p in ("*", "*/*") for f in folder.glob(p) if _is_run(f)), key=_natural_key))
-    inside = tuple(sorted(p.parent for p in folder.glob(f"*/{COMPARISON}")))
-    if not runs and not inside:
+    comparison_folders = tuple(sorted(p.parent for p in folder.glob(f"*/{COMPARISON}")))
+    if not runs and not comparison_folders:
         raise CheckpointError(str(folder), "holds no run", HOW)
-    return _FolderContents("runs" if runs else "comparison", runs, inside)
+    return _FolderContents("runs" if runs else "comparison", runs, comparison_folders)
 
 
 def _is_run(folder: Path) -> bool:
@@ -226,13 +226,13 @@ def _runs_inside(folder: Path, names: Iterable[str]) -> tuple[Path, ...]:
 
 def _compared_runs(folder: Folder) -> tuple[Path, ...]:
     """The runs whose checkpoints (``RUN/checkpoints/step-N/model``) were compared, if they still exist."""
-    found = []
+    runs = []
     for path in mapping(folder.comparison.get("checkpoints")).values():
         parts = Path(path).parts if isinstance(path, str) and os.path.isabs(path) else ()
         if CHECKPOINTS in parts:
             run = Path(*parts[: len(parts) - 1 - parts[::-1].index(CHECKPOINTS)])
-            found += [run] if _is_run(run) else []
-    return tuple(dict.fromkeys(found))
+            runs += [run] if _is_run(run) else []
+    return tuple(dict.fromkeys(runs))
 
 
 def _natural_key(path: Path) -> list[tuple[int, float, str]]:
@@ -275,7 +275,7 @@ def group_by_setting(runs: Sequence[RunData], sweep: Mapping[str, Any]) -> tuple
         members.setdefault(_setting_identity(run, varied), []).append(run)
     names = _setting_names(list(members.values()), sweep)
     settings = enumerate(zip(names, members.values(), strict=True))
-    return tuple(Setting(letter(i), i, name, tuple(of_one)) for i, (name, of_one) in settings)
+    return tuple(Setting(letter(i), i, name, tuple(group)) for i, (name, group) in settings)
 
 
 def _setting_identity(run: RunData, varied: Mapping[str, Any]) -> str:
@@ -294,16 +294,16 @@ def without_seed(name: str) -> str:
 
 def _setting_names(groups: Sequence[Sequence[RunData]], sweep: Mapping[str, Any]) -> list[str]:
     rows = mappings(mapping(sweep.get("table")).get("settings"))
-    short = {without_seed(text(r.get("setting"))): text(r.get("setting")) for r in rows}
+    short_names = {without_seed(text(r.get("setting"))): text(r.get("setting")) for r in rows}
     names = []
     for runs in groups:
         base = without_seed(runs[0].name) if len(runs) > 1 or sweep else runs[0].name
-        names.append(short.get(base, base))
-    taken = {n for n in names if names.count(n) > 1}
-    return [g[0].name if n in taken else n for n, g in zip(names, groups, strict=True)]
+        names.append(short_names.get(base, base))
+    repeated = {n for n in names if names.count(n) > 1}
+    return [g[0].name if n in repeated else n for n, g in zip(names, groups, strict=True)]
 
 
-def letter(place: int) -> str:
+def letter(index: int) -> str:
     """The letter of a setting by its index: A, B, ... Z, AA, AB, ..."""
-    first, last = divmod(place, 26)
+    first, last = divmod(index, 26)
     return (letter(first - 1) if first else "") + chr(ord("A") + last)

@@ -20,34 +20,32 @@ def flags(data: ReportData) -> Element | None:
     checked += [("", c.flags) for c in data.comparisons if c.flags is not None]
     if not checked:
         return None
-    found: list[Found] = [(where, flag) for where, of_one in checked for flag in of_one or ()]
-    if not found:
-        of = "" if len(checked) == 1 else f" in {len(checked)} runs"
-        return muted(f"No flag was raised{of}.")
-    found.sort(key=lambda f: text(f[1].get("level")) != "warning")
+    findings: list[Found] = [(run_name, flag) for run_name, run_flags in checked for flag in run_flags or ()]
+    if not findings:
+        scope = "" if len(checked) == 1 else f" in {len(checked)} runs"
+        return muted(f"No flag was raised{scope}.")
+    findings.sort(key=lambda f: text(f[1].get("level")) != "warning")
     groups: dict[tuple[str, str], list[Found]] = {}
-    for one in found:
-        name = text(one[1].get("name")) or text(one[1].get("title"))
-        groups.setdefault((text(one[1].get("level")), name), []).append(one)
-    kept = list(groups.values())[:MAX_KINDS]
-    left = len(groups) - len(kept)
-    more = muted(f"{left} more kinds of flags are in the runs\u2019 flags.json.") if left else None
-    return el("div", [_card(g, len(checked)) for g in kept], more, class_="flags")
+    for entry in findings:
+        name = text(entry[1].get("name")) or text(entry[1].get("title"))
+        groups.setdefault((text(entry[1].get("level")), name), []).append(entry)
+    shown = list(groups.values())[:MAX_KINDS]
+    remaining = len(groups) - len(shown)
+    more = muted(f"{remaining} more kinds of flags are in the runs\u2019 flags.json.") if remaining else None
+    return el("div", [_card(g, len(checked)) for g in shown], more, class_="flags")
 
 
-def _card(of_one_kind: Sequence[Found], checked: int) -> Element:
+def _card(findings: Sequence[Found], run_count: int) -> Element:
     """One kind of flag: its first finding, those of other runs folded, and the advice once."""
-    (where, first), *rest = of_one_kind
+    (run_name, first), *rest = findings
     warning, title = (
         text(first.get("level")) == "warning",
         text(first.get("title")) or text(first.get("name")) or "flag",
     )
-    of = _subject(where, first)
-    about = el("small", " ", user_text(of)) if of else None
+    subject = _subject(run_name, first)
+    about = el("small", " ", user_text(subject)) if subject else None
     if rest:
-        about = el(
-            "small", f" {len(of_one_kind)} times" if checked == 1 else f" in {len(of_one_kind)} of {checked} runs"
-        )
+        about = el("small", f" {len(findings)} times" if run_count == 1 else f" in {len(findings)} of {run_count} runs")
     mark = el("span", "\u25b2 " if warning else "\u25cb ", aria_hidden="true")
     others = fold(
         f"the {len(rest)} others" if len(rest) > 1 else "the other one",
@@ -57,7 +55,7 @@ def _card(of_one_kind: Sequence[Found], checked: int) -> Element:
     return el(
         "article",
         el("h3", mark, "warning: " if warning else "note: ", user_text(title), about),
-        _finding(where, first, bool(rest)),
+        _finding(run_name, first, bool(rest)),
         others if rest else None,
         note(user_text(text(first.get("advice")), tag="span")) if first.get("advice") else None,
         class_="flag warning" if warning else "flag",
@@ -70,12 +68,12 @@ def _subject(where: str, flag: Mapping[str, Any]) -> str:
 
 def _finding(where: str, flag: Mapping[str, Any], named: bool) -> Element:
     evidence = [e for e in map(_evidence, mappings(flag.get("evidence"))) if e is not None]
-    of = _subject(where, flag)
+    subject = _subject(where, flag)
     return el(
         "div",
         el(
             "p",
-            [el("b", user_text(of)), ": "] if named and of else None,
+            [el("b", user_text(subject)), ": "] if named and subject else None,
             user_text(text(flag.get("sentence")), tag="span"),
         ),
         el("div", evidence, class_="evidence") if evidence else None,

@@ -68,8 +68,8 @@ class Frontier:
 
 def frontier(data: ReportData) -> Element | None:
     """Plot the frontier from a comparison if there is one, else from the runs' own evaluations; None without KL."""
-    found = next((f for c in data.comparisons if (f := comparison_frontier(c, data))), None) or runs_frontier(data)
-    return None if found is None else draw_frontier(found)
+    plot = next((f for c in data.comparisons if (f := comparison_frontier(c, data))), None) or runs_frontier(data)
+    return None if plot is None else draw_frontier(plot)
 
 
 def comparison_frontier(comparison: Comparison, data: ReportData) -> Frontier | None:
@@ -97,38 +97,38 @@ def runs_frontier(data: ReportData) -> Frontier | None:
         for held_out in (True, False):
             if not held_out and gain != "reward":
                 continue
-            made = [s for setting in data.settings if (s := _spot(setting, gain, held_out, len(data.runs) == 1))]
-            if made:
+            spots = [s for setting in data.settings if (s := _spot(setting, gain, held_out, len(data.runs) == 1))]
+            if spots:
                 starts = [v for r in data.runs if held_out and (v := num(r.first, f"eval/{gain}")) is not None]
                 start = mean(starts) if starts else 0.5 if share else None
-                return Frontier(label, share, tuple(made), start, _source(data, made, held_out))
+                return Frontier(label, share, tuple(spots), start, _source(data, spots, held_out))
     return None
 
 
 def _source(data: ReportData, spots: Sequence[Spot], held_out: bool) -> str:
-    held = "held-out prompts, at the end of each run"
-    said_ = held if held_out else "completions in training, mean of the last quarter of the steps"
+    evaluated = "held-out prompts, at the end of each run"
+    source = evaluated if held_out else "completions in training, mean of the last quarter of the steps"
     if any(s.runs > 1 for s in spots):
-        said_ += "; a setting with several seeds stands at their mean, its bars are their range"
+        source += "; a setting with several seeds stands at their mean, its bars are their range"
     if any(s.x_ci and s.runs == 1 for s in spots):
-        said_ += "; bars are 95% intervals by prompt"
+        source += "; bars are 95% intervals by prompt"
     missing = len(data.settings) - len(spots)
-    return said_ + (f"; {missing} without these figures left out" if missing else "")
+    return source + (f"; {missing} without these figures left out" if missing else "")
 
 
-def _spot(setting: Setting, gain: str, held_out: bool, alone: bool) -> Spot | None:
+def _spot(setting: Setting, gain: str, held_out: bool, is_only: bool) -> Spot | None:
     ends: list[Point] = []
     trail: tuple[Point, ...] = ()
     x_ci: Pair = None
     y_ci: Pair = None
     for run in setting.runs:
         if held_out:
-            at = _point_at(run.last, gain) if num(run.last, "step") else None
+            end = _point_at(run.last, gain) if num(run.last, "step") else None
         else:
-            at = _in_training(run, gain)
-        if at is None or not (alone or run.status in ("finished", "")):  # among several settings, only finished runs
+            end = _in_training(run, gain)
+        if end is None or not (is_only or run.status in ("finished", "")):  # among several settings, only finished runs
             continue
-        ends.append(at)
+        ends.append(end)
         if held_out:
             x_ci, y_ci = ci_of(run.last, "eval/kl/k3"), ci_of(run.last, f"eval/{gain}")
             trail = tuple(point for line in run.evals if (point := _point_at(line, gain)) is not None)
@@ -155,106 +155,108 @@ def _in_training(run: RunData, gain: str) -> Point | None:
 
 def pareto_front(spots: Sequence[Spot]) -> list[Spot]:
     """The Pareto-optimal spots, ordered by KL: no other reaches as much with less KL."""
-    found: list[Spot] = []
+    front: list[Spot] = []
     for spot in sorted(spots, key=lambda s: (s.x, -s.y)):
-        if not found or spot.y > found[-1].y:
-            found.append(spot)
-    return found
+        if not front or spot.y > front[-1].y:
+            front.append(spot)
+    return front
 
 
-def draw_frontier(found: Frontier) -> Element:
+def draw_frontier(frontier: Frontier) -> Element:
     """Draw the plot with its table."""
-    spots = found.spots
+    spots = frontier.spots
     xs = [v for s in spots for v in (s.x, *(s.x_ci or ()), *(t[0] for t in s.trail))]
     ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))]
-    ys += [found.start] if found.start is not None else []
+    ys += [frontier.start] if frontier.start is not None else []
     log = min(xs) > 0 and max(xs) / min(xs) > 30
     across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
     up = axis(ys, HEIGHT - BOTTOM, TOP)
-    edge = pareto_front(spots)
-    says = ", ".join(f"{s.name} ({format_value(s.y, found.share)} at {number(s.x)} nats)" for s in edge)
+    front = pareto_front(spots)
+    description = ", ".join(f"{s.name} ({format_value(s.y, frontier.share)} at {number(s.x)} nats)" for s in front)
     if len(spots) > 1:
-        says = f"{len(spots)} models by KL to the start and {found.label}. None reaches as much with less KL: {says}"
-    steps = "".join(f"H{across(s.x):.1f}V{up(s.y):.1f}" for s in edge[1:])
+        description = f"{len(spots)} models by KL to the start and {frontier.label}. None reaches as much with less KL: {description}"
+    steps = "".join(f"H{across(s.x):.1f}V{up(s.y):.1f}" for s in front[1:])
     svg = el(
         "svg",
-        el("desc", says),
-        _axes(across, up, found),
-        el("path", class_="edge", d=f"M{across(edge[0].x):.1f} {up(edge[0].y):.1f}{steps}") if steps else None,
+        el("desc", description),
+        _axes(across, up, frontier),
+        el("path", class_="edge", d=f"M{across(front[0].x):.1f} {up(front[0].y):.1f}{steps}") if steps else None,
         [_draw_spot(s, across, up) for s in spots],
         _names(spots, across, up),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
-        aria_label=says,
+        aria_label=description,
         class_="chart frontier",
     )
-    title = f"{found.label[0].upper()}{found.label[1:]} against KL"
+    title = f"{frontier.label[0].upper()}{frontier.label[1:]} against KL"
     return el(
         "figure",
-        el("figcaption", el("b", title), el("span", f" on {found.source}", class_="unit")),
+        el("figcaption", el("b", title), el("span", f" on {frontier.source}", class_="unit")),
         svg,
         None
         if len(spots) == 1
         else note(
             "Up and to the left is better. The dotted steps join those for which no other has as much with less KL; the steps are not a test."
         ),
-        fold("figures", _table(found), key="plot-frontier"),
+        fold("figures", _table(frontier), key="plot-frontier"),
         class_="wide",
         id="p-frontier",
     )
 
 
-def _axes(across: Axis, up: Axis, found: Frontier) -> list[Element]:
-    title = "KL to the start, nats per completion" + (" (log scale)" if across.log else "")
-    *made, below = grid(across, up, title, found.share, wanted=6, upright=True)
-    if found.start is not None and up.low <= found.start <= up.high:
-        y = round(up(found.start), 1)
-        words = f"the start: {format_value(found.start, found.share)}"
-        line = el("line", x1=across.start, x2=across.end, y1=y, y2=y)
-        text = el("text", words, x=across.end - 6, y=y - 6, text_anchor="end")
-        made.append(el("g", line, text, class_="level"))
-    return [*made, below]
+def _axes(x_axis: Axis, y_axis: Axis, frontier: Frontier) -> list[Element]:
+    title = "KL to the start, nats per completion" + (" (log scale)" if x_axis.log else "")
+    *elements, x_label = grid(x_axis, y_axis, title, frontier.share, wanted=6, upright=True)
+    if frontier.start is not None and y_axis.low <= frontier.start <= y_axis.high:
+        y = round(y_axis(frontier.start), 1)
+        label = f"the start: {format_value(frontier.start, frontier.share)}"
+        line = el("line", x1=x_axis.start, x2=x_axis.end, y1=y, y2=y)
+        text = el("text", label, x=x_axis.end - 6, y=y - 6, text_anchor="end")
+        elements.append(el("g", line, text, class_="level"))
+    return [*elements, x_label]
 
 
-def _draw_spot(spot: Spot, across: Axis, up: Axis) -> Element:
-    x, y = across(spot.x), up(spot.y)
+def _draw_spot(spot: Spot, x_axis: Axis, y_axis: Axis) -> Element:
+    x, y = x_axis(spot.x), y_axis(spot.y)
     parts: list[Node] = []
     if len(spot.trail) > 1:
-        trail = [t for t in spot.trail if not across.log or t[0] > 0]
-        parts.append(el("path", class_="thin", d=path_data(trail, across, up)))
-    if spot.x_ci and (not across.log or spot.x_ci[0] > 0):
-        parts.append(el("path", class_="whisker", d=f"M{across(spot.x_ci[0]):.1f} {y:.1f}H{across(spot.x_ci[1]):.1f}"))
+        trail = [t for t in spot.trail if not x_axis.log or t[0] > 0]
+        parts.append(el("path", class_="thin", d=path_data(trail, x_axis, y_axis)))
+    if spot.x_ci and (not x_axis.log or spot.x_ci[0] > 0):
+        parts.append(el("path", class_="whisker", d=f"M{x_axis(spot.x_ci[0]):.1f} {y:.1f}H{x_axis(spot.x_ci[1]):.1f}"))
     if spot.y_ci:
-        parts.append(el("path", class_="whisker", d=f"M{x:.1f} {up(spot.y_ci[0]):.1f}V{up(spot.y_ci[1]):.1f}"))
+        parts.append(el("path", class_="whisker", d=f"M{x:.1f} {y_axis(spot.y_ci[0]):.1f}V{y_axis(spot.y_ci[1]):.1f}"))
     title = f"{spot.name}: KL {number(spot.x)}, {number(spot.y)}"
     parts.append(el("circle", el("title", title), cx=f"{x:.1f}", cy=f"{y:.1f}", r=5.5))
     return el("g", *parts, class_=f"s {style_classes(spot.place)}", data_g=spot.key or None)
 
 
-def _names(spots: Sequence[Spot], across: Axis, up: Axis) -> list[Element]:
+def _names(spots: Sequence[Spot], x_axis: Axis, y_axis: Axis) -> list[Element]:
     """Names in the right margin in the order of the spots, each with a thin line to its spot; only letters if there are many."""
-    order = sorted(spots, key=lambda s: up(s.y))
+    ordered = sorted(spots, key=lambda s: y_axis(s.y))
     if len(spots) > LABELLED:
-        return [tag(s.key or s.name[:8], s.place, f"{across(s.x) + 9:.1f}", up(s.y) - 7, s.key) for s in spots]
-    places = move_apart([up(s.y) for s in order], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
-    made = []
-    for spot, y in zip(order, places, strict=True):
-        edge = WIDTH - RIGHT
-        made.append(el("path", class_="lead", d=f"M{across(spot.x) + 8:.1f} {up(spot.y):.1f}L{edge + 2} {y:.1f}"))
+        return [tag(s.key or s.name[:8], s.place, f"{x_axis(s.x) + 9:.1f}", y_axis(s.y) - 7, s.key) for s in spots]
+    positions = move_apart([y_axis(s.y) for s in ordered], TOP + 8.0, HEIGHT - BOTTOM - 4.0, 20.0)
+    elements = []
+    for spot, y in zip(ordered, positions, strict=True):
+        margin = WIDTH - RIGHT
+        elements.append(
+            el("path", class_="lead", d=f"M{x_axis(spot.x) + 8:.1f} {y_axis(spot.y):.1f}L{margin + 2} {y:.1f}")
+        )
         letter = el("tspan", f"{spot.key} " if spot.key else "", class_="letter")
         name = el("tspan", _short(spot.name, 17 - len(spot.key)), class_="name" if spot.key else None)
-        made.append(tag([letter, name], spot.place, edge + 6, y + 4, spot.key))
-    return made
+        elements.append(tag([letter, name], spot.place, margin + 6, y + 4, spot.key))
+    return elements
 
 
-def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}\u2026"
+def _short(name: str, max_chars: int) -> str:
+    return name if len(name) <= max_chars else f"{name[: max_chars - 1]}\u2026"
 
 
-def _table(found: Frontier) -> Element:
+def _table(frontier: Frontier) -> Element:
     rows: list[list[Node]] = []
-    for s in sorted(found.spots, key=lambda s: s.x):
-        x, y = with_interval(s.x, s.x_ci), with_interval(s.y, s.y_ci, found.share)
+    for s in sorted(frontier.spots, key=lambda s: s.x):
+        x, y = with_interval(s.x, s.x_ci), with_interval(s.y, s.y_ci, frontier.share)
         rows.append([user_text(f"{s.key} {s.name}".strip()), x, y, str(s.runs)])
-    head: list[Node] = ["model", "KL, nats per completion", found.label, "seeds"]
+    head: list[Node] = ["model", "KL, nats per completion", frontier.label, "seeds"]
     return table(head, rows, numeric=(1, 2, 3), caption="The frontier's figures")

@@ -53,8 +53,8 @@ def el(tag: str, *children: Node | Iterable[Node], **attributes: str | float | b
     return Element(tag, tuple(_attributes(attributes)), tuple(_flat(children)))
 
 
-def _attributes(given: dict[str, str | float | bool | None]) -> Iterable[tuple[str, str]]:
-    for key, value in given.items():
+def _attributes(attributes: dict[str, str | float | bool | None]) -> Iterable[tuple[str, str]]:
+    for key, value in attributes.items():
         name = key.rstrip("_").replace("_", "-")
         if name.startswith("on") or name in ("style", "src", "srcdoc", "action"):
             raise ValueError(f"attribute {name} is not made here")
@@ -112,8 +112,8 @@ def split_hidden(text: str) -> list[tuple[str, bool]]:
 
 
 def _is_joiner(text: str, i: int) -> bool:
-    near = text[i - 1 : i] + text[i + 1 : i + 2]
-    return len(near) == 2 and all(unicodedata.category(c) in JOINED for c in near)
+    neighbors = text[i - 1 : i] + text[i + 1 : i + 2]
+    return len(neighbors) == 2 and all(unicodedata.category(c) in JOINED for c in neighbors)
 
 
 def text_html(text: str) -> str:
@@ -157,10 +157,10 @@ def table(
     Args:
         numeric: right-aligned columns; first_is_head: whether the first cell of each row is its header.
     """
-    right = set(numeric)
+    right_aligned = set(numeric)
 
     def cell(i: int, value: Node, head_row: bool = False) -> Element:
-        kind = "n" if i in right else None
+        kind = "n" if i in right_aligned else None
         if head_row:
             return el("th", value, scope="col", class_=kind)
         return el("th", value, scope="row", class_=kind) if first_is_head and i == 0 else el("td", value, class_=kind)
@@ -201,9 +201,9 @@ def muted(*children: Node | Iterable[Node]) -> Element:
     return el("p", *children, class_="soft")
 
 
-def join_nodes(parts: Iterable[Node], between: str = " \u00b7 ") -> list[Node]:
+def join_nodes(parts: Iterable[Node], separator: str = " \u00b7 ") -> list[Node]:
     """Join parts with a separator."""
-    return [node for i, part in enumerate(parts) for node in ((between, part) if i else (part,))]
+    return [node for i, part in enumerate(parts) for node in ((separator, part) if i else (part,))]
 
 
 def fold(summary: Node | Iterable[Node], *children: Node | Iterable[Node], key: str, open_: bool = False) -> Element:

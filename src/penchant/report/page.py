@@ -65,21 +65,21 @@ def render(data: ReportData, *, strict: bool = False) -> str:
     Args:
         strict: raise if a section fails. By default the page shows the error instead, because a report must never end a run.
     """
-    made = [(s, _render_guarded(s.make, data, strict)) for s in SECTIONS if s.wanted(data)]
-    shown = [(s, node) for s, node in made if node is not None]
-    missing = [el("li", el("b", s.title), ": ", s.missing) for s, node in made if node is None and s.missing]
-    absent, complete = "Not in this report", ". This file is complete: it loads nothing, and nothing in it calls home."
+    built = [(s, _render_guarded(s.make, data, strict)) for s in SECTIONS if s.wanted(data)]
+    sections = [(s, node) for s, node in built if node is not None]
+    missing = [el("li", el("b", s.title), ": ", s.missing) for s, node in built if node is None and s.missing]
+    heading, footer = "Not in this report", ". This file is complete: it loads nothing, and nothing in it calls home."
     goals = cards(data.runs[0]) if data.kind == "run" and data.runs else None
     body = el(
         "main",
         _header(data),
         el("section", _render_guarded(verdict, data, strict), goals, id="verdict", aria_label="Verdict"),
-        el("nav", [el("a", s.short, href=f"#{s.key}") for s, _ in shown], aria_label="contents"),
-        [el("section", el("h2", s.title), node, id=s.key, aria_label=s.title) for s, node in shown],
-        el("section", el("h2", absent), el("ul", missing, class_="soft small"), id="missing", aria_label=absent)
+        el("nav", [el("a", s.short, href=f"#{s.key}") for s, _ in sections], aria_label="contents"),
+        [el("section", el("h2", s.title), node, id=s.key, aria_label=s.title) for s, node in sections],
+        el("section", el("h2", heading), el("ul", missing, class_="soft small"), id="missing", aria_label=heading)
         if missing
         else None,  # all together at the end, out of the way
-        el("footer", f"Written by Penchant {__version__}, ", _time(data.now), complete),
+        el("footer", f"Written by Penchant {__version__}, ", _time(data.now), footer),
     )
     state = {"running": data.is_running, "written": round(data.now), "every": RELOAD_SECONDS}
     refresh = f'<noscript><meta http-equiv="refresh" content="{2 * RELOAD_SECONDS}"></noscript>'
@@ -95,22 +95,22 @@ def _render_guarded(make: Callable[[ReportData], Node], data: ReportData, strict
     except Exception as error:
         if strict:
             raise
-        why = f"This section could not be built from these files ({type(error).__name__}: "
-        return muted(why, user_text(str(error)[:300]), ").")
+        message = f"This section could not be built from these files ({type(error).__name__}: "
+        return muted(message, user_text(str(error)[:300]), ").")
 
 
 # ---- small parts assembled here -----------------------------------------------------------------------------------
 
 
 def _header(data: ReportData) -> Element:
-    going_on = el("span", "still running", class_="live")
+    live = el("span", "still running", class_="live")
     written = _time(data.now, id="written")
     return el(
         "header",
         el("p", f"Penchant report \u00b7 {data.kind}", class_="kicker"),
         el("h1", user_text(data.title)),
         el("p", _facts(data), class_="soft facts-line"),
-        el("p", going_on, " This page reloads itself. It was written ", written, ".", class_="going-on")
+        el("p", live, " This page reloads itself. It was written ", written, ".", class_="going-on")
         if data.is_running
         else None,
     )
@@ -142,9 +142,9 @@ def _held_out(data: ReportData) -> Node:
 
 
 def _curves(data: ReportData) -> Node:
-    drawn = curves(data)
-    if drawn is None or len(data.runs) < 2:
-        return drawn
+    plots = curves(data)
+    if plots is None or len(data.runs) < 2:
+        return plots
     items = [
         el(
             "label",
@@ -157,7 +157,7 @@ def _curves(data: ReportData) -> Node:
         )
         for s in data.settings
     ]
-    return el("div", el("div", items, class_="legend", role="group", aria_label="settings"), drawn)
+    return el("div", el("div", items, class_="legend", role="group", aria_label="settings"), plots)
 
 
 def _glossary(data: ReportData) -> Node:
@@ -167,8 +167,8 @@ def _glossary(data: ReportData) -> Node:
 
 
 def _time(seconds: float, **attributes: str) -> Element:
-    shown, exact = (time.strftime(f"%Y-%m-%d{form}", time.gmtime(seconds)) for form in (" %H:%M:%S UTC", "T%H:%M:%SZ"))
-    return el("time", shown, datetime=exact, **attributes)
+    label, iso = (time.strftime(f"%Y-%m-%d{form}", time.gmtime(seconds)) for form in (" %H:%M:%S UTC", "T%H:%M:%SZ"))
+    return el("time", label, datetime=iso, **attributes)
 
 
 SECTIONS = (

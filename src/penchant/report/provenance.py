@@ -65,16 +65,16 @@ def provenance(data: ReportData) -> Element | None:
     parts += map(_comparison_settings, data.comparisons)
     bad = sum(r.bad_lines for r in data.runs)
     if bad:
-        are = "is" if bad == 1 else "are"
-        parts.append(muted(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {are} left out."))
+        verb = "is" if bad == 1 else "are"
+        parts.append(muted(f"{count(bad, 'line')} of these folders\u2019 files could not be read and {verb} left out."))
     folders = dict.fromkeys([*(r.path for r in data.runs), *data.paths])
     changed = [str(folder / name) for folder in folders for name in damaged_files(folder)]
     if changed:
         parts.append(
             muted(f"Changed after the run wrote {'it' if len(changed) == 1 else 'them'}: {', '.join(changed)}.")
         )
-    kept = [p for p in parts if p is not None]
-    return el("div", kept) if kept else None
+    present = [p for p in parts if p is not None]
+    return el("div", present) if present else None
 
 
 def _flatten(value: Any) -> dict[str, Any]:
@@ -82,15 +82,15 @@ def _flatten(value: Any) -> dict[str, Any]:
 
 
 def _manifest_table(manifests: Sequence[tuple[RunData, Mapping[str, Any]]]) -> Element:
-    one = len(manifests) == 1
+    single = len(manifests) == 1
     rows: list[list[Node]] = []
     for key in dict.fromkeys(k for _, m in manifests for k in m):
-        if key in PER_RUN_KEYS and not one:
+        if key in PER_RUN_KEYS and not single:
             continue
         values = list(dict.fromkeys(_value(key, m.get(key)) for _, m in manifests))
         more = f", \u2026 ({len(values)} different)" if len(values) > MAX_VALUES else ""
         rows.append([user_text(key), user_text(", ".join(values[:MAX_VALUES]) + more)])
-    name = "versions, hashes, data, machine" + ("" if one else f", of all {len(manifests)} runs")
+    name = "versions, hashes, data, machine" + ("" if single else f", of all {len(manifests)} runs")
     return fold(name, panel([], rows, class_="facts"), key="versions")
 
 
@@ -120,8 +120,8 @@ def _runs_table(runs: Sequence[RunData], data: ReportData) -> Element:
 
 
 def _commands(data: ReportData) -> Element | None:
-    again = "# every run of the sweep by itself: bit for bit what it was inside it, on the same machine and versions"
-    lines = [again] if data.sweep else []
+    comment = "# every run of the sweep by itself: bit for bit what it was inside it, on the same machine and versions"
+    lines = [comment] if data.sweep else []
     for run in data.runs[:1] if data.sweep or len(data.runs) > 8 else data.runs:
         if run.config_text:
             config, target = f"{run.name}/config.resolved.yaml", f"{run.path.name}-again"
@@ -135,15 +135,15 @@ def _commands(data: ReportData) -> Element | None:
 def command(comparison: Comparison) -> str:
     """The command that repeats a comparison; empty if the file does not record enough."""
     figures = comparison.figures
-    asked = mapping(figures.get("settings"))
+    settings = mapping(figures.get("settings"))
     runs = list(mapping(figures.get("checkpoints")))
-    if not runs or "prompts_asked" not in asked:
+    if not runs or "prompts_asked" not in settings:
         return ""
     words = ["penchant", "compare", *runs]
-    reward = asked.get("reward")
+    reward = settings.get("reward")
     if isinstance(reward, str):
         words += ["--reward", reward]
-    words += [w for name in sequence(asked.get("also")) if isinstance(name, str) for w in ("--also", name)]
+    words += [w for name in sequence(settings.get("also")) if isinstance(name, str) for w in ("--also", name)]
     for option, key in (
         ("--prompts", "prompts_asked"),
         ("--samples", "samples"),
@@ -152,15 +152,15 @@ def command(comparison: Comparison) -> str:
         ("--step", "step"),
         ("--data", "data"),
     ):
-        value = asked.get(key)
+        value = settings.get(key)
         if isinstance(value, (str, int)) and not isinstance(value, bool):
             words += [option, str(value)]
     return shlex.join(words)
 
 
 def _comparison_settings(comparison: Comparison) -> Element | None:
-    kept = ("settings", "checkpoints", "prompts", "answers", "left_out", "test_readings_before", "budget")
-    values = _flatten({k: comparison.figures.get(k) for k in kept})
+    keys = ("settings", "checkpoints", "prompts", "answers", "left_out", "test_readings_before", "budget")
+    values = _flatten({k: comparison.figures.get(k) for k in keys})
     if not values:
         return None
     rows: list[list[Node]] = [
@@ -180,41 +180,41 @@ MOST = 20
 
 def evaluations(data: ReportData) -> Element | None:
     """Later evaluations, newest first; None if there are none."""
-    found = [(r, with_current_names(e)) for r in data.runs for e in r.evaluations if mapping(e.get("metrics"))]
-    if not found:
+    entries = [(r, with_current_names(e)) for r in data.runs for e in r.evaluations if mapping(e.get("metrics"))]
+    if not entries:
         return None
-    found.sort(key=lambda f: text(f[1].get("time")), reverse=True)
+    entries.sort(key=lambda f: text(f[1].get("time")), reverse=True)
     several = len(data.runs) > 1
-    made = [_evaluation(run if several else None, line, i) for i, (run, line) in enumerate(found[:MOST])]
-    more = muted(f"{len(found) - MOST} older ones are in evaluations.jsonl.") if len(found) > MOST else None
-    return el("div", made, more)
+    folds = [_evaluation(run if several else None, line, i) for i, (run, line) in enumerate(entries[:MOST])]
+    more = muted(f"{len(entries) - MOST} older ones are in evaluations.jsonl.") if len(entries) > MOST else None
+    return el("div", folds, more)
 
 
 def _evaluation(run: RunData | None, line: Mapping[str, Any], i: int) -> Element:
     metrics = mapping(line.get("metrics"))
     rows: list[list[Node]] = []
     for name in metrics:
-        known, n = metric(name), num(line.get("n"), name)
+        entry, n = metric(name), num(line.get("n"), name)
         value, ci = num(metrics, name), ci_of({**metrics, f"{name}/n": n}, name)
         if value is None:
             continue
         rows.append(
             [
                 user_text(name.removeprefix("eval/")),
-                el("b", estimate(value, ci, known.share)),
-                interval(*ci, known.share) if ci else "",
+                el("b", estimate(value, ci, entry.share)),
+                interval(*ci, entry.share) if ci else "",
                 "" if n is None else f"{n:,.0f}",
-                el("small", known.meaning),
+                el("small", entry.meaning),
             ]
         )
-    what = ", ".join(f"{k}={text(v)}" for k, v in _flatten(mapping(line.get("what"))).items())
+    settings = ", ".join(f"{k}={text(v)}" for k, v in _flatten(mapping(line.get("what"))).items())
     title: list[Node] = [user_text(run.name), " "] if run else []
     title += [user_text(text(line.get("time"))), f" \u00b7 step {text(line.get('step'))}"]
     body = panel(["figure", "value", "95% interval", "n", "what it is"], rows, numeric=(1, 2, 3))
     notes = [el("li", user_text(text(n))) for n in sequence(line.get("notes")) if text(n)]
     return fold(
         title,
-        el("p", user_text(what), class_="soft small wrap") if what else None,
+        el("p", user_text(settings), class_="soft small wrap") if settings else None,
         body,
         el("ul", notes, class_="soft small") if notes else None,
         key=f"evaluation-{text(line.get('time'))}",

@@ -77,12 +77,12 @@ def _cards_from_rows(data: ReportData, rows: Sequence[object]) -> CardSet:
     cards = []
     for row in map(mapping, rows):
         answers = []
-        for name, made in mapping(row.get("completions")).items():
-            of, model = mapping(made), names.setdefault(name, len(names))
-            tokens, ended = num(of, "tokens"), of.get("ended")
+        for name, value in mapping(row.get("completions")).items():
+            completion, model = mapping(value), names.setdefault(name, len(names))
+            tokens, ended = num(completion, "tokens"), completion.get("ended")
             length = None if tokens is None else int(tokens)
-            whole = ended if isinstance(ended, bool) else None
-            answers.append(Answer(model, text(of.get("text")), num(of, "reward"), length, whole))
+            finished = ended if isinstance(ended, bool) else None
+            answers.append(Answer(model, text(completion.get("text")), num(completion, "reward"), length, finished))
         if answers:
             cards.append(Card(text(row.get("prompt")), tuple(answers), turns=_turns(row)))
     settings = [data.find_setting(n) if n != START else None for n in names]
@@ -110,8 +110,8 @@ def cards_from_runs(data: ReportData) -> CardSet:
         if any("after" in row for row in run.samples):
             names.append("after training" if alone else run.name)
             keys.append("" if alone else data.setting_of(run).key)
-    found = Counter((prompt, tuple(answers)) for (prompt, _), answers in by_prompt.items() if answers)
-    cards = tuple(Card(prompt, answers, times, turns[prompt]) for (prompt, answers), times in found.items())
+    counts = Counter((prompt, tuple(answers)) for (prompt, _), answers in by_prompt.items() if answers)
+    cards = tuple(Card(prompt, answers, times, turns[prompt]) for (prompt, answers), times in counts.items())
     return CardSet(tuple(names), tuple(keys), cards)
 
 
@@ -125,22 +125,22 @@ def samples(data: ReportData) -> Element | None:
     card_set = collect_cards(data)
     if not card_set.cards:
         return None
-    made: list[Element] = []
+    elements: list[Element] = []
     size = 0
     for i, card in enumerate(card_set.cards):
-        one = _card(card, card_set, i)
-        size += len(str(one).encode())
-        if size > MAX_BYTES and made:
+        element = _card(card, card_set, i)
+        size += len(str(element).encode())
+        if size > MAX_BYTES and elements:
             break
-        made.append(one)
-    left = len(card_set.cards) - len(made)
-    more = f"{left:,} more are in samples.jsonl and comparison.jsonl: this page has room for {len(made):,}."
+        elements.append(element)
+    remaining = len(card_set.cards) - len(elements)
+    more = f"{remaining:,} more are in samples.jsonl and comparison.jsonl: this page has room for {len(elements):,}."
     return el(
         "div",
         _controls(card_set),
-        el("p", f"{counted(len(made), 'prompt')}.", class_="soft count", aria_live="polite"),
-        el("div", made, class_="cards-of-text"),
-        muted(more) if left else None,
+        el("p", f"{counted(len(elements), 'prompt')}.", class_="soft count", aria_live="polite"),
+        el("div", elements, class_="cards-of-text"),
+        muted(more) if remaining else None,
         id="samples-of",
         class_="shelf",
         data_unit="tokens" if card_set.in_tokens else "characters",
@@ -171,8 +171,10 @@ def _prompt(card: Card) -> Element:
     """The prompt: plain text as it is, a conversation turn by turn with roles. The system prompt is folded below."""
     if not card.turns:
         return user_text(_truncate(card.prompt), tag="span", class_="prompt")
-    shown = [t for t in card.turns if t[0] != SYSTEM] or card.turns
-    turns = [el("span", el("b", user_text(role)), ": ", user_text(_truncate(words)), el("br")) for role, words in shown]
+    visible = [t for t in card.turns if t[0] != SYSTEM] or card.turns
+    turns = [
+        el("span", el("b", user_text(role)), ": ", user_text(_truncate(words)), el("br")) for role, words in visible
+    ]
     return el("span", turns, class_="prompt")
 
 
@@ -207,19 +209,19 @@ def _controls(card_set: CardSet) -> Element:
     names = [f"{k} {n}".strip() for k, n in zip(card_set.keys, card_set.models, strict=True)]
     used = {a.model for c in card_set.cards for a in c.answers}
     options = [(str(i), n) for i, n in enumerate(names) if i in used]
-    many = [("all", "all")] if len(options) > 2 else []
-    second = options[1:] + options[:1]
+    everyone = [("all", "all")] if len(options) > 2 else []
+    others = options[1:] + options[:1]
     winner = [("", "anyone"), ("right", "the right one"), ("left", "the left one"), ("tie", "neither: a tie")]
     length = [("", "any"), ("right", "right is longer"), ("left", "left is longer")]
     length += [("short", "shortest third"), ("long", "longest third")]
     gains = [("gain", "right gains most"), ("loss", "right loses most")] if card_set.judged else []
     sort = [("", "as written"), *gains, ("long", "right is longest")]
-    texts = {"placeholder": "in prompts and completions", "autocomplete": "off", "spellcheck": "false"}
+    attributes = {"placeholder": "in prompts and completions", "autocomplete": "off", "spellcheck": "false"}
     return el(
         "div",
-        el("label", "Search", el("input", type="search", data_f="text", **texts)),
+        el("label", "Search", el("input", type="search", data_f="text", **attributes)),
         _select("Left", "left", options),
-        _select("Right", "right", many + second if not many else second + many),
+        _select("Right", "right", everyone + others if not everyone else others + everyone),
         _select("Winner", "won", winner) if card_set.judged else None,
         _select("Length", "length", length),
         _select("Order", "sort", sort),
@@ -232,5 +234,5 @@ def _controls(card_set: CardSet) -> Element:
 
 
 def _select(label: str, name: str, options: Iterable[tuple[str, str]]) -> Node:
-    made = [el("option", words, value=value) for value, words in options]
-    return el("label", label, el("select", made, data_f=name)) if made else None
+    choices = [el("option", words, value=value) for value, words in options]
+    return el("label", label, el("select", choices, data_f=name)) if choices else None

@@ -56,18 +56,18 @@ def configs(data: ReportData) -> Element | None:
 
 def differences(data: ReportData) -> Element:
     """A table with a row per setting and a column per key that differs between any two."""
-    of = {s.key: next((r.settings for r in s.runs if r.config), {}) for s in data.settings}
-    if len(of) < 2:
+    values = {s.key: next((r.settings for r in s.runs if r.config), {}) for s in data.settings}
+    if len(values) < 2:
         return muted(f"{count(len(data.runs), 'run')} of one setting: their seeds differ, and nothing else.")
-    keys = differing_keys([v for v in of.values() if v])
+    keys = differing_keys([v for v in values.values() if v])
     if not keys:
         return muted("No setting differs.")
-    kept = keys[:MOST_COLUMNS]
+    top = keys[:MOST_COLUMNS]
     rows: list[list[Node]] = [
-        [setting_label(s), *(user_text(short(of[s.key].get(k))) for k in kept)] for s in data.settings
+        [setting_label(s), *(user_text(short(values[s.key].get(k))) for k in top)] for s in data.settings
     ]
-    more = note(f"And {len(keys) - len(kept)} more: {', '.join(keys[len(kept) :])}.") if len(keys) > len(kept) else None
-    head: list[Node] = ["setting", *(user_text(k) for k in kept)]
+    more = note(f"And {len(keys) - len(top)} more: {', '.join(keys[len(top) :])}.") if len(keys) > len(top) else None
+    head: list[Node] = ["setting", *(user_text(k) for k in top)]
     return el("div", table(head, rows, caption="Only keys that differ", class_="keys"), more, class_="panel")
 
 
@@ -142,8 +142,8 @@ class Ranking:
     @property
     def best(self) -> tuple[Row, ...]:
         """The complete settings with the best mean; several if tied."""
-        whole = [r for r in self.rows if r.is_complete and r.values]
-        return tuple(r for r in whole if r.mean == whole[0].mean) if whole else ()
+        complete = [r for r in self.rows if r.is_complete and r.values]
+        return tuple(r for r in complete if r.mean == complete[0].mean) if complete else ()
 
 
 def ranking(data: ReportData) -> Ranking | None:
@@ -179,14 +179,14 @@ def _row(setting: Setting, figure: str, records: Mapping[str, Any]) -> Row:
 
 
 def _remark(run: RunData, state: str, record: Mapping[str, Any]) -> str:
-    who, why = f"seed {run.seed}" if run.seed else run.name, text(record.get("why"))
+    subject, reason = f"seed {run.seed}" if run.seed else run.name, text(record.get("why"))
     if state == "stopped":
-        return f"{who} stopped" + (f": {why}" if why else "")
+        return f"{subject} stopped" + (f": {reason}" if reason else "")
     if state == "cut":  # successive halving: a rank at a rung is not a result
-        return f"{who} was {why or 'stopped early'}"
+        return f"{subject} was {reason or 'stopped early'}"
     if state == "running":
-        return f"{who} is running"
-    return f"{who}: {'no figure' if state == 'finished' else state or 'not started'}"
+        return f"{subject} is running"
+    return f"{subject}: {'no figure' if state == 'finished' else state or 'not started'}"
 
 
 def settings_table(data: ReportData) -> Element | None:
@@ -195,14 +195,14 @@ def settings_table(data: ReportData) -> Element | None:
     if ranked is None:
         seeds = [", ".join(f"{r.seed}: {r.status or '?'}" for r in s.runs) for s in data.settings]
         rows: list[list[Node]] = [
-            [setting_label(s), s.runs[0].method, of] for s, of in zip(data.settings, seeds, strict=True)
+            [setting_label(s), s.runs[0].method, states] for s, states in zip(data.settings, seeds, strict=True)
         ]
         return panel(["setting", "method", "seeds"], rows, caption="Settings") if rows else None
     share = ranked.figure.share
     ends = [v for r in ranked.rows if r.values for v in r.range]
     ends += [ranked.figure.null] if ranked.figure.null is not None else []
-    room = (max(ends) - min(ends)) * 0.06
-    scale = (min(ends) - room, max(ends) + room)
+    margin = (max(ends) - min(ends)) * 0.06
+    scale = (min(ends) - margin, max(ends) + margin)
     best = {r.setting.key for r in ranked.best}
     body = [_ranking_row(r, ranked, share, scale, r.setting.key in best) for r in ranked.rows]
     better = "higher is better" if ranked.up else "lower is better"
@@ -225,9 +225,9 @@ def _ranking_row(row: Row, ranked: Ranking, share: bool, scale: Pair, best: bool
     if not row.values:
         return [label, MISSING, "", "", seeds]
     ends = row.range if row.range[0] < row.range[1] else None
-    drawn = interval_plot(row.mean, ends, ranked.figure.null, *scale, place=row.setting.place)
+    plot = interval_plot(row.mean, ends, ranked.figure.null, *scale, place=row.setting.place)
     value = el("b", estimate(row.mean, row.ci, share))
-    return [label, value, spread(row, share), el("span", drawn, class_="marks"), seeds]
+    return [label, value, spread(row, share), el("span", plot, class_="marks"), seeds]
 
 
 def spread(row: Row, share: bool) -> str:

@@ -85,13 +85,13 @@ def duration(seconds: float | None) -> str:
     """Format seconds: ``1 h 05 min``, ``12 min 30 s``, ``45 s``."""
     if seconds is None or not math.isfinite(seconds) or seconds < 0:
         return MISSING
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    days, hours = divmod(whole // 3600, 24)
-    return (f"{days} d " if days else "") + f"{hours} h {whole % 3600 // 60:02d} min"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    days, hours = divmod(rounded // 3600, 24)
+    return (f"{days} d " if days else "") + f"{hours} h {rounded % 3600 // 60:02d} min"
 
 
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
@@ -112,9 +112,9 @@ def log_ticks(low: float, high: float) -> list[float]:
     """Round positions on a log axis: 1, 2, 5 times powers of ten; only powers of ten if there are many decades."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     factors: Sequence[int] = (1, 2, 5) if last - first <= 3 else (1,)
-    every = max(1, (last - first) // 6)
-    found = [m * 10.0**e for e in range(first, last + 1) for m in factors if len(factors) > 1 or e % every == 0]
-    return [t for t in found if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)] or [low]
+    stride = max(1, (last - first) // 6)
+    positions = [m * 10.0**e for e in range(first, last + 1) for m in factors if len(factors) > 1 or e % stride == 0]
+    return [t for t in positions if low * (1 - 1e-9) <= t <= high * (1 + 1e-9)] or [low]
 
 
 def tick_labels(places: Sequence[float]) -> list[str]:
@@ -150,17 +150,17 @@ def downsample(points: Sequence[Point], columns: int) -> list[Point]:
         return list(points)
     low, high = points[0][0], points[-1][0]
     width = (high - low) / columns or 1.0
-    kept: list[Point] = []
+    sampled: list[Point] = []
     bucket: list[Point] = []
-    at = 0
+    current = 0
     for p in points:
-        place = min(columns - 1, int((p[0] - low) / width))
-        if place != at and bucket:
-            kept += _extremes(bucket)
+        column = min(columns - 1, int((p[0] - low) / width))
+        if column != current and bucket:
+            sampled += _extremes(bucket)
             bucket = []
-        at = place
+        current = column
         bucket.append(p)
-    return kept + _extremes(bucket)
+    return sampled + _extremes(bucket)
 
 
 def _extremes(bucket: Sequence[Point]) -> list[Point]:
@@ -185,8 +185,8 @@ def pick_evenly(items: Sequence[T], limit: int) -> list[T]:
     """Pick at most `limit` evenly spaced items, including the first and the last."""
     if len(items) <= limit:
         return list(items)
-    places = sorted({round(i * (len(items) - 1) / (limit - 1)) for i in range(limit)})
-    return [items[p] for p in places]
+    indices = sorted({round(i * (len(items) - 1) / (limit - 1)) for i in range(limit)})
+    return [items[p] for p in indices]
 
 
 # ---- Plots as inline SVG: complete without script and on paper, colored by the stylesheet, with the figures in a folded table ----
@@ -287,16 +287,16 @@ def axis(values: Sequence[float], start: float, end: float, *, log: bool = False
     if log and low > 0:
         factor = (high / low) ** pad if high > low else 2.0
         return Axis(low / factor, high * factor, start, end, log=True)
-    room = (high - low) * pad or (max(abs(low) * 0.1, 1e-9) if pad else 0.5)
-    return Axis(low - room, high + room, start, end)
+    margin = (high - low) * pad or (max(abs(low) * 0.1, 1e-9) if pad else 0.5)
+    return Axis(low - margin, high + margin, start, end)
 
 
 def figure(plot: Plot) -> Element | None:
     """Draw a plot with its title and a folded table of its figures; None if it has no points."""
-    lines = [x for x in (_finite(x) for x in plot.lines) if x.points]
+    lines = [line for line in (_finite(line) for line in plot.lines) if line.points]
     if not lines:
         return None
-    longest = max(len(x.tag) for x in lines)
+    longest = max(len(line.tag) for line in lines)
     right = PLAIN_RIGHT if not longest else LETTER_RIGHT if longest <= 2 else WORD_RIGHT
     xs = [x for line in lines for x, _ in (line.points[0], line.points[-1])]
     ys = [y for line in lines for _, y in line.drawn or line.points]
@@ -306,7 +306,7 @@ def figure(plot: Plot) -> Element | None:
     across = axis(xs, LEFT, WIDTH - right, pad=0.0)
     up = axis(ys, HEIGHT - BOTTOM, TOP, log=log)
     columns = min(round(across.end - across.start), max(30, COLUMNS // len(lines)))
-    picture = el(
+    svg = el(
         "svg",
         el("desc", plot.says),
         grid(across, up, plot.x_label, plot.share, whole=plot.whole_x),
@@ -324,7 +324,7 @@ def figure(plot: Plot) -> Element | None:
     return el(
         "figure",
         el("figcaption", el("b", plot.title), el("span", unit, class_="unit")),
-        el("div", picture, el("div", class_="tip", hidden=True), class_="plot"),
+        el("div", svg, el("div", class_="tip", hidden=True), class_="plot"),
         fold(
             ["figures", el("small", f" \u00b7 {plot.note}") if plot.note else None],
             _figures_table(plot, lines),
@@ -342,49 +342,56 @@ def _finite(line: Line) -> Line:
 
 
 def grid(
-    across: Axis, up: Axis, x_label: str, share: bool, *, wanted: int = 5, whole: bool = False, upright: bool = False
+    x_axis: Axis,
+    y_axis: Axis,
+    x_label: str,
+    share: bool,
+    *,
+    wanted: int = 5,
+    whole: bool = False,
+    upright: bool = False,
 ) -> list[Element]:
     """Grid lines, tick labels and the x axis label; wanted: approximate number of x ticks; upright: vertical grid lines too."""
-    left, right, bottom = across.start, across.end, up.start
-    made = []
-    for value, label in up.ticks(5):
-        y, text = up(value), f"{100 * value:.6g}%".replace("-", MINUS) if share else label
-        made.append(el("line", class_="grid", x1=left, x2=right, y1=round(y, 1), y2=round(y, 1)))
-        made.append(el("text", text, class_="tick", x=left - 8, y=round(y + 4, 1), text_anchor="end"))
-    for value, label in across.ticks(wanted, whole):
-        x = round(across(value), 1)
-        made += [el("line", class_="grid", x1=x, x2=x, y1=up.end, y2=bottom)] if upright else []
-        made.append(el("text", label, class_="tick", x=x, y=bottom + 19, text_anchor="middle"))
+    left, right, bottom = x_axis.start, x_axis.end, y_axis.start
+    elements = []
+    for value, label in y_axis.ticks(5):
+        y, text = y_axis(value), f"{100 * value:.6g}%".replace("-", MINUS) if share else label
+        elements.append(el("line", class_="grid", x1=left, x2=right, y1=round(y, 1), y2=round(y, 1)))
+        elements.append(el("text", text, class_="tick", x=left - 8, y=round(y + 4, 1), text_anchor="end"))
+    for value, label in x_axis.ticks(wanted, whole):
+        x = round(x_axis(value), 1)
+        elements += [el("line", class_="grid", x1=x, x2=x, y1=y_axis.end, y2=bottom)] if upright else []
+        elements.append(el("text", label, class_="tick", x=x, y=bottom + 19, text_anchor="middle"))
     middle = (left + right) / 2
-    return [*made, el("text", x_label, class_="axis", x=middle, y=bottom + BOTTOM - 6, text_anchor="middle")]
+    return [*elements, el("text", x_label, class_="axis", x=middle, y=bottom + BOTTOM - 6, text_anchor="middle")]
 
 
-def _level(level: Level, across: Axis, up: Axis) -> Element | None:
-    if not up.low <= level.value <= up.high:
+def _level(level: Level, x_axis: Axis, y_axis: Axis) -> Element | None:
+    if not y_axis.low <= level.value <= y_axis.high:
         return None
-    y = round(up(level.value), 1)
-    line = el("line", x1=across.start, x2=across.end, y1=y, y2=y)
-    return el("g", line, el("text", level.label, x=across.start + 5, y=y - 5), class_="level")
+    y = round(y_axis(level.value), 1)
+    line = el("line", x1=x_axis.start, x2=x_axis.end, y1=y, y2=y)
+    return el("g", line, el("text", level.label, x=x_axis.start + 5, y=y - 5), class_="level")
 
 
-def style_classes(place: int) -> str:
+def style_classes(index: int) -> str:
     """CSS classes for a setting's color and dashes: eight colors, then the same colors dashed."""
-    return f"c{place % COLORS} d{place // COLORS % len(DASHES)}"
+    return f"c{index % COLORS} d{index // COLORS % len(DASHES)}"
 
 
-def path_data(points: Iterable[Point], across: Axis, up: Axis) -> str:
+def path_data(points: Iterable[Point], x_axis: Axis, y_axis: Axis) -> str:
     """SVG path data through the points, rounded to tenths; relative steps take half the space."""
-    made: list[str] = []
-    last = (0, 0)
+    parts: list[str] = []
+    previous = (0, 0)
     for x, y in points:
-        at = (round(across(x) * 10), round(up(y) * 10))
-        if not made:
-            made.append(f"M{at[0] / 10:g} {at[1] / 10:g}l")
+        point = (round(x_axis(x) * 10), round(y_axis(y) * 10))
+        if not parts:
+            parts.append(f"M{point[0] / 10:g} {point[1] / 10:g}l")
         else:
-            dx, dy = at[0] - last[0], at[1] - last[1]
-            made.append(f"{_path_number(dx / 10, not made[-1].endswith('l'))}{_path_number(dy / 10, True)}")
-        last = at
-    return "".join(made).removesuffix("l")
+            dx, dy = point[0] - previous[0], point[1] - previous[1]
+            parts.append(f"{_path_number(dx / 10, not parts[-1].endswith('l'))}{_path_number(dy / 10, True)}")
+        previous = point
+    return "".join(parts).removesuffix("l")
 
 
 def _path_number(value: float, after_number: bool) -> str:
@@ -392,46 +399,50 @@ def _path_number(value: float, after_number: bool) -> str:
     return text if text.startswith("-") or not after_number else f" {text}"
 
 
-def _draw(line: Line, across: Axis, up: Axis, columns: int) -> Element:
+def _draw(line: Line, x_axis: Axis, y_axis: Axis, columns: int) -> Element:
     points = line.drawn or line.points
-    drawn = downsample(points, columns)
+    sampled = downsample(points, columns)
     parts: list[Node] = []
-    if len(drawn) > 1:
-        parts.append(el("path", class_=line.look, d=path_data(drawn, across, up)))
-    ends = [e for e in line.ends if not up.log or e[1] > 0]
+    if len(sampled) > 1:
+        parts.append(el("path", class_=line.look, d=path_data(sampled, x_axis, y_axis)))
+    ends = [e for e in line.ends if not y_axis.log or e[1] > 0]
     if len(ends) > 1:
         outline = [*((x, high) for x, _, high in ends), *((x, low) for x, low, _ in reversed(ends))]
-        parts.insert(0, el("path", class_="band", d=path_data(outline, across, up) + "z"))
+        parts.insert(0, el("path", class_="band", d=path_data(outline, x_axis, y_axis) + "z"))
     elif ends and ends[0][1] < ends[0][2]:
         x, low, high = ends[0]
-        parts.append(el("path", class_="whisker", d=f"M{across(x):.1f} {up(low):.1f}V{up(high):.1f}"))
+        parts.append(el("path", class_="whisker", d=f"M{x_axis(x):.1f} {y_axis(low):.1f}V{y_axis(high):.1f}"))
     if line.marked or len(points) == 1:
-        parts += [el("circle", cx=f"{across(x):.1f}", cy=f"{up(y):.1f}", r=3) for x, y in points[:400]]
+        parts += [el("circle", cx=f"{x_axis(x):.1f}", cy=f"{y_axis(y):.1f}", r=3) for x, y in points[:400]]
     return el("g", *parts, class_=f"s {style_classes(line.place)}", data_g=line.group or None)
 
 
-def _tags(lines: Sequence[Line], across: Axis, up: Axis) -> list[Element]:
+def _tags(lines: Sequence[Line], x_axis: Axis, y_axis: Axis) -> list[Element]:
     """Letters or words at the ends of lines, moved apart if they would overlap."""
-    tagged = [(up((x.drawn or x.points)[-1][1]), across((x.drawn or x.points)[-1][0]), x) for x in lines if x.tag]
+    tagged = [
+        (y_axis((line.drawn or line.points)[-1][1]), x_axis((line.drawn or line.points)[-1][0]), line)
+        for line in lines
+        if line.tag
+    ]
     if len(tagged) > MOST_TAGS:  # too many: the legend has to do
         return []
-    made = []
-    for side in _sides(tagged):
-        places = move_apart([y for y, _, _ in side], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
-        for y, (_, x, line) in zip(places, side, strict=True):
-            made.append(tag(line.tag, line.place, f"{x + 7:.1f}", y + 4, line.group))
-    return made
+    elements = []
+    for group in _sides(tagged):
+        ys = move_apart([y for y, _, _ in group], TOP + 4.0, HEIGHT - BOTTOM + 2.0, LABEL_GAP)
+        for y, (_, x, line) in zip(ys, group, strict=True):
+            elements.append(tag(line.tag, line.place, f"{x + 7:.1f}", y + 4, line.group))
+    return elements
 
 
 def _sides(tagged: Sequence[tuple[float, float, Line]]) -> list[list[tuple[float, float, Line]]]:
     """Group the tags of lines that end at about the same x, which could overlap."""
-    found: list[list[tuple[float, float, Line]]] = []
+    groups: list[list[tuple[float, float, Line]]] = []
     for item in sorted(tagged, key=lambda t: t[1]):
-        if found and item[1] - found[-1][-1][1] < LABEL_GAP:
-            found[-1].append(item)
+        if groups and item[1] - groups[-1][-1][1] < LABEL_GAP:
+            groups[-1].append(item)
         else:
-            found.append([item])
-    return found
+            groups.append([item])
+    return groups
 
 
 def move_apart(places: Sequence[float], low: float, high: float, gap: float) -> list[float]:
@@ -443,34 +454,34 @@ def move_apart(places: Sequence[float], low: float, high: float, gap: float) -> 
     moved = [min(max(places[i], low), high) for i in order]
     for _ in range(60):
         for k in range(len(moved) - 1):
-            short = gap - (moved[k + 1] - moved[k])
-            if short > 0:
-                moved[k] -= short / 2
-                moved[k + 1] += short / 2
+            overlap = gap - (moved[k + 1] - moved[k])
+            if overlap > 0:
+                moved[k] -= overlap / 2
+                moved[k + 1] += overlap / 2
         moved = [min(max(m, low + k * gap), high - (len(moved) - 1 - k) * gap) for k, m in enumerate(moved)]
-    found = [0.0] * len(places)
+    placed = [0.0] * len(places)
     for k, i in enumerate(order):
-        found[i] = moved[k]
-    return found
+        placed[i] = moved[k]
+    return placed
 
 
 def _figures_table(plot: Plot, lines: Sequence[Line]) -> Element:
     """Table of exact figures at up to `ROWS_BEHIND` (or twice as many) x values; the script reads its tooltips from it."""
-    columns = [x for x in lines if x.column]
+    columns = [line for line in lines if line.column]
     limit = ROWS_BEHIND if len(columns) > 4 else 2 * ROWS_BEHIND
-    every = sorted({x for line in columns for x, _ in line.points})
-    exact = {x for line in columns if line.marked for x, _ in line.points}
-    chosen = set(pick_evenly(every, limit)) | (exact if len(exact) <= limit else set())
+    xs = sorted({x for line in columns for x, _ in line.points})
+    marked = {x for line in columns if line.marked for x, _ in line.points}
+    chosen = set(pick_evenly(xs, limit)) | (marked if len(marked) <= limit else set())
     values = [dict(line.points) for line in columns]
     ends = [{x: (low, high) for x, low, high in line.ends} for line in columns]
     rows = []
     for x in sorted(chosen):
-        cells = [_cell(points.get(x), of.get(x), plot.share) for points, of in zip(values, ends, strict=True)]
+        cells = [_cell(points.get(x), cis.get(x), plot.share) for points, cis in zip(values, ends, strict=True)]
         rows.append([f"{x:,.0f}" if x == int(x) else number(x), *cells])
     caption = f"{plot.title}{f' ({plot.unit})' if plot.unit else ''}"
-    if len(chosen) < len(every):
-        caption += f", {len(chosen)} of {len(every):,} places"
-    head: list[Node] = [plot.x_label, *(user_text(x.label, data_c=style_classes(x.place)) for x in columns)]
+    if len(chosen) < len(xs):
+        caption += f", {len(chosen)} of {len(xs):,} places"
+    head: list[Node] = [plot.x_label, *(user_text(line.label, data_c=style_classes(line.place)) for line in columns)]
     return table(head, rows, numeric=range(len(head)), caption=caption)
 
 
@@ -478,18 +489,18 @@ def _cell(value: float | None, ends: tuple[float, float] | None, share: bool) ->
     return "" if value is None else with_interval(value, ends, share)
 
 
-def tag(words: Node | Iterable[Node], place: int, x: float | str, y: float, group: str) -> Element:
+def tag(words: Node | Iterable[Node], index: int, x: float | str, y: float, group: str) -> Element:
     """A setting's letter or name next to its line."""
-    return el("text", words, class_=f"tag {style_classes(place)}", x=x, y=f"{y:.1f}", data_g=group or None)
+    return el("text", words, class_=f"tag {style_classes(index)}", x=x, y=f"{y:.1f}", data_g=group or None)
 
 
-def swatch(place: int) -> Element:
+def swatch(index: int) -> Element:
     """A short line sample of a setting, for legends."""
     return el(
         "svg",
         el("path", class_="thick", d="M1 5H27"),
         viewBox="0 0 28 10",
-        class_=f"swatch s {style_classes(place)}",
+        class_=f"swatch s {style_classes(index)}",
         aria_hidden="true",
     )
 
@@ -498,30 +509,30 @@ def interval_plot(
     value: float, ci: tuple[float, float] | None, null: float | None, low: float, high: float, place: int = 0
 ) -> Element:
     """A small plot of an estimate with its interval, and a line at `null`, its value if nothing was learned."""
-    at = Axis(low, high, 6, 154) if high > low else Axis(low - 1, high + 1, 6, 154)
+    scale = Axis(low, high, 6, 154) if high > low else Axis(low - 1, high + 1, 6, 154)
     parts: list[Node] = [el("line", class_="grid", x1=0, x2=160, y1=10, y2=10)]
     if null is not None:
-        parts.append(el("line", class_="null", x1=round(at(null), 1), x2=round(at(null), 1), y1=1, y2=19))
+        parts.append(el("line", class_="null", x1=round(scale(null), 1), x2=round(scale(null), 1), y1=1, y2=19))
     if ci is not None:
-        parts.append(el("path", class_="bar", d=f"M{at(ci[0]):.1f} 10H{at(ci[1]):.1f}"))
-    parts.append(el("circle", cx=f"{at(value):.1f}", cy=10, r=4))
+        parts.append(el("path", class_="bar", d=f"M{scale(ci[0]):.1f} 10H{scale(ci[1]):.1f}"))
+    parts.append(el("circle", cx=f"{scale(value):.1f}", cy=10, r=4))
     return el("svg", *parts, viewBox="0 0 160 20", class_=f"strip s c{place % COLORS}", aria_hidden="true")
 
 
 def sparkline(values: Sequence[float], label: str) -> Element | None:
     """A small line plot for a flag's evidence; None for fewer than two values."""
-    kept = [v for v in values if math.isfinite(v)]
-    if len(kept) < 2:
+    finite = [v for v in values if math.isfinite(v)]
+    if len(finite) < 2:
         return None
-    across = Axis(0, len(kept) - 1, 3, 157)
-    up = axis(kept, 33, 5, pad=0.05)
-    points = downsample([(float(i), v) for i, v in enumerate(kept)], 120)
+    across = Axis(0, len(finite) - 1, 3, 157)
+    up = axis(finite, 33, 5, pad=0.05)
+    points = downsample([(float(i), v) for i, v in enumerate(finite)], 120)
     return el(
         "svg",
         el("path", class_="thick", d=path_data(points, across, up)),
-        el("circle", cx=157, cy=f"{up(kept[-1]):.1f}", r=2.5),
+        el("circle", cx=157, cy=f"{up(finite[-1]):.1f}", r=2.5),
         viewBox="0 0 164 38",
         class_="spark s c1",
         role="img",
-        aria_label=f"{label}: from {number(kept[0])} to {number(kept[-1])}",
+        aria_label=f"{label}: from {number(finite[0])} to {number(finite[-1])}",
     )

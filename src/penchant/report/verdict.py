@@ -52,15 +52,15 @@ def verdict(data: ReportData) -> Element:
     elif len(data.runs) > 1 and (data.kind != "comparison" and not (data.comparisons and data.kind == "pipeline")):
         parts += runs_statements(data)
     if not parts:
-        nothing = "Nothing can be said yet: there is no held-out figure in this folder."
-        parts.append(statement("open", nothing, lead=True))
+        message = "Nothing can be said yet: there is no held-out figure in this folder."
+        parts.append(statement("open", message, lead=True))
     return el("div", parts, class_="verdict")
 
 
 def headline(data: ReportData) -> str:
     """The first sentence of the verdict, as plain text for a terminal."""
-    found = (accessible_text(part) for part in verdict(data).children if isinstance(part, Element))
-    return next(found, "").replace("\u2019", "'")
+    texts = (accessible_text(part) for part in verdict(data).children if isinstance(part, Element))
+    return next(texts, "").replace("\u2019", "'")
 
 
 # ---- a comparison -------------------------------------------------------------------------------------------------
@@ -70,31 +70,31 @@ def comparison_statements(comparison: Comparison) -> list[Node]:
     """The comparison's own sentences, heading and notes."""
     figures = comparison.figures
     sentences = [text(s) for s in sequence(figures.get("sentences"))]
-    about = [mapping(v) for v in sequence(figures.get("verdict"))]
-    about += [{}] * (len(sentences) - len(about))  # older files have no tones
+    entries = [mapping(v) for v in sequence(figures.get("verdict"))]
+    entries += [{}] * (len(sentences) - len(entries))  # older files have no tones
     if not sentences:
-        why = " holds no verdict: it was not finished, or was written by an older version."
-        return [statement("open", user_text(comparison.name), why, lead=True)]
-    tones: list[Tone] = [next((tone for tone in TONES if tone == a.get("tone")), "plain") for a in about]
-    bys = [text(a.get("by")) for a in about]
-    spoken = [(by, tone, user_text(s, tag="span")) for by, tone, s in zip(bys, tones, sentences, strict=False)]
-    aside = [statement(tone, words) for by, tone, words in spoken if by]
-    main = [(tone, words) for by, tone, words in spoken if not by]
+        reason = " holds no verdict: it was not finished, or was written by an older version."
+        return [statement("open", user_text(comparison.name), reason, lead=True)]
+    tones: list[Tone] = [next((tone for tone in TONES if tone == a.get("tone")), "plain") for a in entries]
+    judges = [text(a.get("by")) for a in entries]
+    tagged = [(by, tone, user_text(s, tag="span")) for by, tone, s in zip(judges, tones, sentences, strict=False)]
+    by_others = [statement(tone, words) for by, tone, words in tagged if by]
+    main = [(tone, words) for by, tone, words in tagged if not by]
     if not main:  # only a judge's comparison
-        main, aside = [(tone, words) for _, tone, words in spoken], []
-    stated = [statement(tone, words, lead=i == 0) for i, (tone, words) in enumerate(main)]
-    made: list[Node] = [*stated[:MOST]]
-    folded = ((count(len(main) - MOST, "more sentence"), stated[MOST:]), ("The same by other rewards", aside))
+        main, by_others = [(tone, words) for _, tone, words in tagged], []
+    statements = [statement(tone, words, lead=i == 0) for i, (tone, words) in enumerate(main)]
+    parts: list[Node] = [*statements[:MOST]]
+    folded = ((count(len(main) - MOST, "more sentence"), statements[MOST:]), ("The same by other rewards", by_others))
     for title, rest in folded:
-        made += [fold(title, rest, key=f"verdict-{comparison.name}-{title}")] if rest else []
+        parts += [fold(title, rest, key=f"verdict-{comparison.name}-{title}")] if rest else []
     heading = text(figures.get("heading"))
     notes = [text(n) for n in sequence(figures.get("notes")) if text(n)]
     if heading:
-        made.append(note(user_text(heading, tag="span")))
+        parts.append(note(user_text(heading, tag="span")))
     if notes:
         items = [el("li", user_text(n.removeprefix("- "), tag="span")) for n in notes]
-        made.append(el("ul", items, class_="soft small notes"))
-    return made
+        parts.append(el("ul", items, class_="soft small notes"))
+    return parts
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -106,16 +106,16 @@ def run_statements(run: RunData, first: bool = True) -> list[Node]:
     recorded = text(run.results.get("verdict"))
     if recorded:
         statements.append(statement("plain", user_text(recorded, tag="span"), lead=True))
-    found = {c.figure.name: c for c in changes(run)}
-    if not found or not num(run.last, "step"):
-        why = "Nothing was held out" if not run.evals else "Only the start was evaluated so far"
+    by_name = {c.figure.name: c for c in changes(run)}
+    if not by_name or not num(run.last, "step"):
+        reason = "Nothing was held out" if not run.evals else "Only the start was evaluated so far"
         if not recorded:
-            statements.append(statement("plain", f"{why}, so there is no comparison with the start.", lead=first))
+            statements.append(statement("plain", f"{reason}, so there is no comparison with the start.", lead=first))
         return statements
-    order = [c for n, c in found.items() if c.figure.main and not (n == "loss" and "reward" in found)]
-    same, of = count_unchanged(run.samples)
-    all_unchanged = 0 < of == same  # even if likelihoods changed, users see the same answers
-    for i, change in enumerate(order):
+    main_changes = [c for n, c in by_name.items() if c.figure.main and not (n == "loss" and "reward" in by_name)]
+    unchanged, n = count_unchanged(run.samples)
+    all_unchanged = 0 < n == unchanged  # even if likelihoods changed, users see the same answers
+    for i, change in enumerate(main_changes):
         lead = first and i == 0 and not recorded
         tone = "open" if all_tied(run.last, f"eval/{change.figure.name}") else TONE_OF.get(change.reading, "plain")
         statements.append(
@@ -123,23 +123,23 @@ def run_statements(run: RunData, first: bool = True) -> list[Node]:
         )
     if all_unchanged:
         statements.insert(
-            1 if statements else 0, statement("open", f"{same} of {of} sampled answers are unchanged by training.")
+            1 if statements else 0, statement("open", f"{unchanged} of {n} sampled answers are unchanged by training.")
         )
-    if (kl := found.get("kl/k3")) is not None:
-        moved, ci = el("b", estimate(kl.after, kl.after_ci)), f" {kl.brackets}" if kl.brackets else ""
-        statements.append(statement("plain", "It moved ", moved, ci, " nats per completion away from the start (KL)."))
-    judged = [c for c in order if c.reading != "plain"]
+    if (kl := by_name.get("kl/k3")) is not None:
+        shift, ci = el("b", estimate(kl.after, kl.after_ci)), f" {kl.brackets}" if kl.brackets else ""
+        statements.append(statement("plain", "It moved ", shift, ci, " nats per completion away from the start (KL)."))
+    judged = [c for c in main_changes if c.reading != "plain"]
     if judged and all(c.reading == "unclear" for c in judged):
         rows = num(run.last, "eval/rows")
         words = "No figure differs from chance on the held-out rows."
         if recorded:
-            held = "" if rows is None else f"{rows:,.0f} "
-            words = f"On the {held}held-out rows no figure differs from chance."
+            rows_text = "" if rows is None else f"{rows:,.0f} "
+            words = f"On the {rows_text}held-out rows no figure differs from chance."
         elif all(c.figure.null is None for c in judged):  # only losses, which have no chance level
             words = "The intervals of start and end overlap on the held-out rows, so a change is not shown; more rows narrow them."
-        nothing = statement("open", words, lead=first and not recorded)
-        at = 1 if recorded else 0
-        statements = [*statements[:at], nothing, *(_without_lead(m) for m in statements[at:])]
+        summary = statement("open", words, lead=first and not recorded)
+        position = 1 if recorded else 0
+        statements = [*statements[:position], summary, *(_without_lead(m) for m in statements[position:])]
     return statements
 
 
@@ -154,26 +154,26 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
     rows, n = num(run.last, "eval/rows"), sample_size(run.last, name)
     value = el("b", estimate(c.after, c.after_ci, share))
     brackets = f" {c.brackets}" if c.brackets else ""
-    of = f" of {count(rows, 'held-out row')}" if rows is not None else " of the held-out rows"
+    scope = f" of {count(rows, 'held-out row')}" if rows is not None else " of the held-out rows"
     if share and c.figure.null is not None and n:
         label = c.figure.label[0].upper() + c.figure.label[1:]
-        what = "prompts" if c.figure.name == "win_rate" else "rows"
+        unit = "prompts" if c.figure.name == "win_rate" else "rows"
         if all_tied(run.last, name):
-            tied = el("b", f"tied on {n:,} of {n:,} held-out {what}")
-            return [f"{label}: ", tied, ", so this reward cannot tell one answer from the other."]
+            tied_text = el("b", f"tied on {n:,} of {n:,} held-out {unit}")
+            return [f"{label}: ", tied_text, ", so this reward cannot tell one answer from the other."]
         if n < FEW_ROWS:
-            return [f"{label}: ", el("b", f"{c.after * n:g} of {n:,} held-out {what}"), ", too few to tell."]
+            return [f"{label}: ", el("b", f"{c.after * n:g} of {n:,} held-out {unit}"), ", too few to tell."]
     if c.figure.name == "rewards/accuracies":
         scores = run.method == "reward_model"
-        who = (
+        subject = (
             "The reward model scores the chosen answer higher in "
             if scores
             else "The policy prefers the chosen answer in "
         )
-        return [who, value, brackets, of, _null_clause(c, "one half")]
+        return [subject, value, brackets, scope, _null_clause(c, "one half")]
     if c.figure.name == "win_rate":
-        of = " of comparisons with the start\u2019s"
-        return ["Its completions win ", value, brackets, of, _null_clause(c, "one half")]
+        scope = " of comparisons with the start\u2019s"
+        return ["Its completions win ", value, brackets, scope, _null_clause(c, "one half")]
     label = c.figure.label[0].upper() + c.figure.label[1:]
     if c.before is None:
         return [f"{label} is ", value, brackets, "; the start was not evaluated."]
@@ -182,12 +182,12 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
 
 
 def _null_clause(c: Change, null: str) -> str:
-    said_ = {
+    clauses = {
         "better": f"; the interval lies above {null}.",
         "worse": f"; the interval lies below {null}.",
         "unclear": f"; the interval includes {null}, which chance gives.",
     }
-    return said_.get(c.reading, ".")
+    return clauses.get(c.reading, ".")
 
 
 def _start_clause(c: Change) -> str:
@@ -198,34 +198,34 @@ def _start_clause(c: Change) -> str:
 
 def cards(run: RunData) -> Element | None:
     """The goals recorded with a run (`penchant demo`), and whether each was met."""
-    made = []
+    elements = []
     for h in mappings(run.results.get("headline")):
         after, before = num(h, "after"), num(h, "before")
         ci = ci_of({"x/ci": h.get("ci")}, "x")
         share = "win rate" in text(h.get("name")).lower()
-        was = el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None
+        start = el("span", f"{number(before)} \u2192 ", class_="soft") if before is not None else None
         name, value = (
             el("dt", user_text(text(h.get("name")))),
-            el("dd", was, format_value(after, share), class_="value"),
+            el("dd", start, format_value(after, share), class_="value"),
         )
         remark = el("dd", _card_note(h, ci, share), class_="soft small")
-        made.append(el("div", name, value, remark, _goal_status(h), class_="card"))
-    return el("dl", made, class_="cards") if made else None
+        elements.append(el("div", name, value, remark, _goal_status(h), class_="card"))
+    return el("dl", elements, class_="cards") if elements else None
 
 
-def _card_note(h: Mapping[str, Any], ci: tuple[float, float] | None, share: bool) -> str:
-    change, ratio = num(h, "change"), num(h, "ratio")
+def _card_note(headline: Mapping[str, Any], ci: tuple[float, float] | None, share: bool) -> str:
+    change, ratio = num(headline, "change"), num(headline, "ratio")
     parts = [f"change {estimate(change, ci)}"] if change is not None else []
     parts += [interval(*ci, share and change is None)] if ci else []
     parts += [f"ratio {number(ratio)}"] if ratio is not None else []
     return " ".join(parts)
 
 
-def _goal_status(h: Mapping[str, Any]) -> Element | None:
-    if "goal" not in h:
+def _goal_status(headline: Mapping[str, Any]) -> Element | None:
+    if "goal" not in headline:
         return None
-    met = h.get("met") is True
-    words = ("\u2713 met: " if met else "\u2717 not met: ", user_text(text(h.get("goal"))))
+    met = headline.get("met") is True
+    words = ("\u2713 met: " if met else "\u2717 not met: ", user_text(text(headline.get("goal"))))
     return el("dd", *words, class_="met" if met else "unmet")
 
 
@@ -237,27 +237,29 @@ def runs_statements(data: ReportData) -> list[Node]:
     progress = _progress(data)
     ranked = ranking(data)
     if ranked is None:
-        of = f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}"
-        none = f"{of}, none of them with a figure on held-out rows at its end."
-        return [statement("open", none, lead=True), *progress]
+        scope = f"{count(len(data.runs), 'run')} of {count(len(data.settings), 'setting')}"
+        message = f"{scope}, none of them with a figure on held-out rows at its end."
+        return [statement("open", message, lead=True), *progress]
     best = ranked.best
     if not best:
-        none = "No setting has finished with all its seeds, so none is called best."
-        return [statement("open", none, lead=True), *progress]
+        message = "No setting has finished with all its seeds, so none is called best."
+        return [statement("open", message, lead=True), *progress]
     share = ranked.figure.share
     names: list[Node] = []
     for row in best:
         names += [" and " if names else None, *labeled(row.setting.key, row.setting.name)]
     rows = held_out_rows(data)
-    on = f" on {count(rows[0], 'held-out row')}" if len(rows) == 1 else ""
-    only = count_tried(data) == 1
-    figure = f", {ranked.figure.title} {estimate(best[0].mean, best[0].ci, share)}{on} ({spread(best[0], share)})."
-    start = "" if only else f"Best by validation of {count_tried(data)} settings: "
-    made: list[Node] = [statement("plain", start, names, figure.replace(" ()", ""), lead=True)]
-    made += _caveats(ranked, best)
-    if not only:
-        made.append(statement("plain", SELECTION_CAVEAT))
-    return [*made, *_halving_statements(data), *progress]
+    rows_text = f" on {count(rows[0], 'held-out row')}" if len(rows) == 1 else ""
+    single = count_tried(data) == 1
+    figure = (
+        f", {ranked.figure.title} {estimate(best[0].mean, best[0].ci, share)}{rows_text} ({spread(best[0], share)})."
+    )
+    opening = "" if single else f"Best by validation of {count_tried(data)} settings: "
+    statements: list[Node] = [statement("plain", opening, names, figure.replace(" ()", ""), lead=True)]
+    statements += _caveats(ranked, best)
+    if not single:
+        statements.append(statement("plain", SELECTION_CAVEAT))
+    return [*statements, *_halving_statements(data), *progress]
 
 
 def _halving_statements(data: ReportData) -> list[Node]:
@@ -266,37 +268,37 @@ def _halving_statements(data: ReportData) -> list[Node]:
     n = states.count("cut")
     if not n:
         return []
-    have = "it has" if n == 1 else "they have"
-    words = f"{count(n, 'run was', 'runs were')} stopped early by successive halving: {have} no result, only a rank at a rung, and what is cut early might have won later."
+    verb = "it has" if n == 1 else "they have"
+    words = f"{count(n, 'run was', 'runs were')} stopped early by successive halving: {verb} no result, only a rank at a rung, and what is cut early might have won later."
     return [statement("open", words)]
 
 
 def _caveats(ranked: Ranking, best: tuple[Row, ...]) -> list[Node]:
-    made: list[Node] = []
+    parts: list[Node] = []
     others = [r for r in ranked.rows if r.values and r.is_complete and r not in best]
     if others and len(best) == 1:
-        next_ = others[0]
-        (a, b), (c, d) = best[0].range, next_.range
-        kind = "Seeds" if len(best[0].values) > 1 or len(next_.values) > 1 else "Intervals"
-        words = labeled(next_.setting.key, next_.setting.name)
+        runner_up = others[0]
+        (a, b), (c, d) = best[0].range, runner_up.range
+        kind = "Seeds" if len(best[0].values) > 1 or len(runner_up.values) > 1 else "Intervals"
+        label = labeled(runner_up.setting.key, runner_up.setting.name)
         overlap = a <= d and c <= b
-        end = ", overlap: nothing here tells the two apart." if overlap else ", do not overlap."
-        made.append(statement("open" if overlap else "plain", f"{kind} of it and of the next, ", words, end))
+        ending = ", overlap: nothing here tells the two apart." if overlap else ", do not overlap."
+        parts.append(statement("open" if overlap else "plain", f"{kind} of it and of the next, ", label, ending))
     null = ranked.figure.null
     cis = [ci for r in ranked.rows for run in r.setting.runs if (ci := ci_of(run.last, f"eval/{ranked.figure.name}"))]
     if null is not None and cis:
         above = sum(low > null if ranked.up else high < null for low, high in cis)
-        where, side = "one half" if null == 0.5 else number(null), "above" if ranked.up else "below"
+        level, side = "one half" if null == 0.5 else number(null), "above" if ranked.up else "below"
         tone: Tone = "good" if above == len(cis) else "open" if not above else "plain"
-        made.append(statement(tone, f"In {above} of {count(len(cis), 'run')} the 95% interval lies {side} {where}."))
-    return made
+        parts.append(statement(tone, f"In {above} of {count(len(cis), 'run')} the 95% interval lies {side} {level}."))
+    return parts
 
 
 def _progress(data: ReportData) -> list[Node]:
     states = [r.status for r in data.runs]
-    going = ("running", "paused", "interrupted", "stopped", "killed")
+    unfinished = ("running", "paused", "interrupted", "stopped", "killed")
     parts = [f"{states.count('finished')} of {count(len(states), 'run')} finished"]
-    parts += [f"{n} {word}" for word in going if (n := states.count(word))]
+    parts += [f"{n} {word}" for word in unfinished if (n := states.count(word))]
     done = states.count("finished") == len(states)
     return [] if done else [statement("plain", f"{', '.join(parts)}.")]
 
@@ -344,51 +346,53 @@ class Change:
             low, high = self.change_ci
             up = self.figure.better == "higher"
             return "unclear" if low <= 0 <= high else "better" if (low > 0) == up else "worse"
-        against: Pair = (self.figure.null, self.figure.null) if self.figure.null is not None else self.before_ci
-        if against is None and self.before is not None:
-            against = (self.before, self.before)
-        if against is None:
+        baseline: Pair = (self.figure.null, self.figure.null) if self.figure.null is not None else self.before_ci
+        if baseline is None and self.before is not None:
+            baseline = (self.before, self.before)
+        if baseline is None:
             return "plain"
-        if self.after_ci[0] <= against[1] and self.after_ci[1] >= against[0]:
+        if self.after_ci[0] <= baseline[1] and self.after_ci[1] >= baseline[0]:
             return "unclear"
         if self.figure.better not in ("higher", "lower"):
             return "moved"
-        return "better" if (self.after_ci[0] > against[1]) == (self.figure.better == "higher") else "worse"
+        return "better" if (self.after_ci[0] > baseline[1]) == (self.figure.better == "higher") else "worse"
 
 
 def changes(run: RunData) -> list[Change]:
     """Every known figure of the last evaluation, with its value at the start."""
     first: Mapping[str, Any] = run.first if len(run.evals) > 1 else {}
-    found = []
+    figure_changes = []
     for figure in HELD_OUT:
         name = f"eval/{figure.name}"
         after = num(run.last, name)
         if after is not None:
             change = ci_of(run.last, "eval/loss_change") if figure.name == "loss" else None
-            found.append(Change(figure, num(first, name), ci_of(first, name), after, ci_of(run.last, name), change))
-    return found
+            figure_changes.append(
+                Change(figure, num(first, name), ci_of(first, name), after, ci_of(run.last, name), change)
+            )
+    return figure_changes
 
 
 def held_out(run: RunData) -> Element | None:
     """Table of held-out figures at start and end; None if nothing was evaluated."""
-    found = changes(run)
-    if not found:
+    figure_changes = changes(run)
+    if not figure_changes:
         return None
-    started = any(c.before is not None for c in found)
-    rows = [_row(c, started) for c in found]
-    head: list[Node] = ["figure", *(["start"] if started else []), "end", "95% interval, by prompt", ""]
-    held, step = num(run.last, "eval/rows"), num(run.last, "step") or 0
-    caption = f"At step {step:,.0f}" + (f", over {count(held, 'held-out row')}" if held is not None else "")
-    right = (1, 2, 3) if started else (1, 2)
-    return panel(head, rows, numeric=right, caption=caption, class_="held")
+    with_start = any(c.before is not None for c in figure_changes)
+    rows = [_row(c, with_start) for c in figure_changes]
+    head: list[Node] = ["figure", *(["start"] if with_start else []), "end", "95% interval, by prompt", ""]
+    row_count, step = num(run.last, "eval/rows"), num(run.last, "step") or 0
+    caption = f"At step {step:,.0f}" + (f", over {count(row_count, 'held-out row')}" if row_count is not None else "")
+    numeric = (1, 2, 3) if with_start else (1, 2)
+    return panel(head, rows, numeric=numeric, caption=caption, class_="held")
 
 
-def _row(c: Change, started: bool) -> list[Node]:
+def _row(c: Change, has_start: bool) -> list[Node]:
     share = c.figure.share
     unit = el("small", f" {c.figure.unit}") if c.figure.unit else None
-    what = el("small", c.figure.meaning, class_="what")
-    name = el("span", c.figure.label, unit, what)
-    before = [MISSING if c.before is None else format_value(c.before, share)] if started else []
+    meaning = el("small", c.figure.meaning, class_="what")
+    name = el("span", c.figure.label, unit, meaning)
+    before = [MISSING if c.before is None else format_value(c.before, share)] if has_start else []
     after = el("b", estimate(c.after, c.after_ci, share))
     return [name, *before, after, c.brackets, el("span", _strip(c), class_="marks")]
 
@@ -398,8 +402,8 @@ def _strip(c: Change) -> Node:
     if c.after_ci is None or null is None or not c.brackets:
         return None
     values = [null, *c.after_ci, c.after]
-    room = (max(values) - min(values)) * 0.08
-    return interval_plot(c.after, c.after_ci, null, min(values) - room, max(values) + room)
+    margin = (max(values) - min(values)) * 0.08
+    return interval_plot(c.after, c.after_ci, null, min(values) - margin, max(values) + margin)
 
 
 def by_length(run: RunData) -> Element | None:
@@ -407,8 +411,8 @@ def by_length(run: RunData) -> Element | None:
     length = mapping(run.calibration.get("length"))
     rows: list[Sequence[Node]] = []
     for q in sequence(length.get("quartiles")):
-        low, high, size, right = (num(q, k) for k in ("from", "to", "rows", "accuracy"))
-        rows.append([f"{format_value(low)} to {format_value(high)}", format_value(size), format_value(right, True)])
+        low, high, size, accuracy = (num(q, k) for k in ("from", "to", "rows", "accuracy"))
+        rows.append([f"{format_value(low)} to {format_value(high)}", format_value(size), format_value(accuracy, True)])
     if not rows:
         return None
     rule = num(length, "longer_wins")

@@ -38,10 +38,10 @@ def win_rates(data: ReportData) -> Element | None:
         groups = {"": comparison_pairs(c)} | {k: mappings(v) for k, v in mapping(c.figures.get("also")).items()}
         for judge, pairs in groups.items():
             kinds = (("win_rate", "Win rate"), ("equal_length", "At equal length"))
-            by = f", by {judge}" if judge else ""
-            made = [_matrix(pairs, field, title + by, first) for field, title in kinds]
-            shown_ = [m for m in made if m is not None]
-            parts += [el("div", shown_, class_="matrices")] if shown_ else []
+            suffix = f", by {judge}" if judge else ""
+            drawn = [_matrix(pairs, field, title + suffix, first) for field, title in kinds]
+            matrices = [m for m in drawn if m is not None]
+            parts += [el("div", matrices, class_="matrices")] if matrices else []
             parts += [_pairs_table(pairs, judge, text(c.figures.get("outcome")))] if pairs else []
     if not parts:
         return None
@@ -60,18 +60,20 @@ def comparison_pairs(comparison: Comparison) -> list[dict[str, Any]]:
         return pairs
     models = mapping(comparison.figures.get("models"))
     first = next(iter(models), "")
-    made = []
+    against_first = []
     for name, figures in models.items():
         value, ci = num(figures, "win_rate"), ci_of(figures, "win_rate")
         if name != first and value is not None and ci is not None:
-            made.append({"name": name, "other": first, "win_rate": {"estimate": value, "low": ci[0], "high": ci[1]}})
-    return made
+            against_first.append(
+                {"name": name, "other": first, "win_rate": {"estimate": value, "low": ci[0], "high": ci[1]}}
+            )
+    return against_first
 
 
 def pair_interval(pair: Mapping[str, Any], field: str) -> Interval | None:
     """An interval of a pair by its field; None if missing."""
-    found = mapping(pair.get(field))
-    value, low, high = num(found, "estimate"), num(found, "low"), num(found, "high")
+    fields = mapping(pair.get(field))
+    value, low, high = num(fields, "estimate"), num(fields, "low"), num(fields, "high")
     return None if value is None or low is None or high is None else Interval(value, low, high)
 
 
@@ -106,33 +108,33 @@ def _matrix(pairs: Sequence[Mapping[str, Any]], field: str, title: str, first: s
     )
 
 
-def _cell(rate: Interval | None, same: bool) -> Element:
+def _cell(rate: Interval | None, is_self: bool) -> Element:
     if rate is None:
-        return el("td", "" if same else MISSING, class_="same" if same else None)
-    clear = rate.low > 0.5 or rate.high < 0.5
-    shade = min(SHADES, max(1, math.ceil(abs(rate.estimate - 0.5) * 2 * SHADES - 1e-9))) if clear else 0
-    side = "up" if rate.estimate >= 0.5 else "down"
+        return el("td", "" if is_self else MISSING, class_="same" if is_self else None)
+    significant = rate.low > 0.5 or rate.high < 0.5
+    shade = min(SHADES, max(1, math.ceil(abs(rate.estimate - 0.5) * 2 * SHADES - 1e-9))) if significant else 0
+    direction = "up" if rate.estimate >= 0.5 else "down"
     ends = el("small", f"{100 * rate.low:.0f}\u2013{100 * rate.high:.0f}")
-    return el("td", el("b", percent(rate.estimate)), ends, class_=f"{side}{shade}")
+    return el("td", el("b", percent(rate.estimate)), ends, class_=f"{direction}{shade}")
 
 
 def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -> Element | None:
-    found = [(p, d) for p in pairs if (d := pair_interval(p, "difference")) is not None]
-    if not found:
+    diffs = [(p, d) for p in pairs if (d := pair_interval(p, "difference")) is not None]
+    if not diffs:
         return None
-    ends = [v for _, d in found for v in (d.low, d.high, 0.0)]
-    room = (max(ends) - min(ends)) * 0.05
-    scale = min(ends) - room, max(ends) + room
+    ends = [v for _, d in diffs for v in (d.low, d.high, 0.0)]
+    margin = (max(ends) - min(ends)) * 0.05
+    scale = min(ends) - margin, max(ends) + margin
     rows: list[list[Node]] = []
-    for pair, d in found:
+    for pair, d in diffs:
         ci = (d.low, d.high)
         names = el("span", user_text(text(pair.get("name"))), " \u2212 ", user_text(text(pair.get("other"))))
-        drawn = el("span", interval_plot(d.estimate, ci, 0.0, *scale), class_="marks")
+        plot = el("span", interval_plot(d.estimate, ci, 0.0, *scale), class_="marks")
         values = el("b", estimate(d.estimate, ci)), interval(*ci)
-        rows.append([names, *values, drawn, p_value(num(pair, "p")), p_value(num(pair, "p_corrected"))])
-    what = f"reward by {judge}" if judge else outcome or "outcome"
-    seeds = ", and by seeds where there are several" if any(num(p, "p_seeds") is not None for p, _ in found) else ""
-    caption = f"Differences of {what}; p by prompt{seeds}, corrected (Holm) for {len(found)}"
+        rows.append([names, *values, plot, p_value(num(pair, "p")), p_value(num(pair, "p_corrected"))])
+    quantity = f"reward by {judge}" if judge else outcome or "outcome"
+    seeds = ", and by seeds where there are several" if any(num(p, "p_seeds") is not None for p, _ in diffs) else ""
+    caption = f"Differences of {quantity}; p by prompt{seeds}, corrected (Holm) for {len(diffs)}"
     head = ["comparison", "difference", "95% interval", "", "p", "p corrected"]
     return panel(head, rows, numeric=(1, 2, 4, 5), caption=caption)
 
@@ -152,11 +154,13 @@ def compared_figures(data: ReportData) -> Element | None:
         first = next(iter(models))
         rows: list[list[Node]] = []
         for judge in dict.fromkeys(["", *(k for m in models.values() for k in mapping(m.get("also")))]):
-            of = [mapping(mapping(m.get("also")).get(judge)) if judge else m for m in models.values()]
-            by = f", by {judge}" if judge else ""
+            columns = [mapping(mapping(m.get("also")).get(judge)) if judge else m for m in models.values()]
+            suffix = f", by {judge}" if judge else ""
             for name, label, share in FIGURES:
-                if any(num(f, name) is not None for f in of):
-                    rows.append([user_text(label.format(first=first) + by), *(_figure(f, name, share) for f in of)])
+                if any(num(f, name) is not None for f in columns):
+                    rows.append(
+                        [user_text(label.format(first=first) + suffix), *(_figure(f, name, share) for f in columns)]
+                    )
         caption = "Every figure on the same prompts, with 95% intervals"
         parts.append(panel(["", *map(user_text, models)], rows, numeric=range(1, len(models) + 1), caption=caption))
     return el("div", parts) if parts else None

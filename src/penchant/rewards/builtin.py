@@ -48,9 +48,9 @@ def accuracy(
     if answer is None and solution is None:
         how = "name the right answers so with data.columns={answer: YOURS}"
         raise ConfigError("reward accuracy", 'the rows have no column "answer" or "solution"', how)
-    nothing: list[Any] = [None] * len(completions)
-    right = [a if a is not None else s for a, s in zip(answer or nothing, solution or nothing, strict=True)]
-    return [_is_right(text, gold) for text, gold in zip(completions, right, strict=True)]
+    no_values: list[Any] = [None] * len(completions)
+    gold_answers = [a if a is not None else s for a, s in zip(answer or no_values, solution or no_values, strict=True)]
+    return [_is_right(text, gold) for text, gold in zip(completions, gold_answers, strict=True)]
 
 
 # a sentence, an equation or a delimited formula is parsed as is; from anything else, such as "2x+1", math-verify would take one number
@@ -61,15 +61,15 @@ def _is_right(text: str, gold: Any) -> float | None:
     parse, verify = _math_verify()
     # its timeout only works in the main thread; model output such as 9**9**9 may keep it busy forever
     seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    said = "" if gold is None else str(gold).rpartition("####")[2].strip()
-    ways = [f"${said}$", said] if said else []
-    if _SENTENCE.search(said):
-        ways.reverse()
-    wanted = next((w for way in ways if (w := parse(way, parsing_timeout=seconds))), None)
-    if wanted is None:
+    gold_text = "" if gold is None else str(gold).rpartition("####")[2].strip()
+    candidates = [f"${gold_text}$", gold_text] if gold_text else []
+    if _SENTENCE.search(gold_text):
+        candidates.reverse()
+    gold_answer = next((w for candidate in candidates if (w := parse(candidate, parsing_timeout=seconds))), None)
+    if gold_answer is None:
         return None
-    found = parse(text, parsing_timeout=seconds)
-    return float(bool(found) and bool(verify(wanted, found, timeout_seconds=seconds)))
+    answer = parse(text, parsing_timeout=seconds)
+    return float(bool(answer) and bool(verify(gold_answer, answer, timeout_seconds=seconds)))
 
 
 def lacks_math_verify(name: str) -> ConfigError:
@@ -108,13 +108,13 @@ BUILT_IN: dict[str, RewardFunction] = {
 # ---- Rules of length and format as rewards: ``words:20-60``, ``matches:REGEX`` ----
 
 
-def words_between(given: str) -> RewardFunction:
+def words_between(bounds: str) -> RewardFunction:
     """0 for a word count in a range (``20-60``, ``20-``, ``-60``), minus 1 for each word too few or too many."""
-    found = re.fullmatch(r"(\d*)-(\d*)", given)
-    low, high = (int(n) if n else None for n in found.groups()) if found else (None, None)
-    if found is None or (low is None and high is None) or (low is not None and high is not None and low > high):
+    match = re.fullmatch(r"(\d*)-(\d*)", bounds)
+    low, high = (int(n) if n else None for n in match.groups()) if match else (None, None)
+    if match is None or (low is None and high is None) or (low is not None and high is not None and low > high):
         how = "write words:20-60, words:20- or words:-60"
-        raise ConfigError("reward", f"words:{given} is not a range of words", how)
+        raise ConfigError("reward", f"words:{bounds} is not a range of words", how)
 
     def rule(prompts: Sequence[str], completions: Sequence[str]) -> Sequence[float]:
         counts = [len(c.split()) for c in completions]
@@ -126,36 +126,36 @@ def words_between(given: str) -> RewardFunction:
 MATCH_SECONDS = 5.0  # per completion
 
 
-def _pattern(kind: str, given: str, whole: bool) -> RewardFunction:
+def _pattern(kind: str, expression: str, whole: bool) -> RewardFunction:
     """1 if a regular expression matches anywhere in the completion (`whole`: all of it), else 0."""
     import regex  # like re, but with a timeout; transformers depends on it too
 
     try:
-        re.compile(given)
-        pattern = regex.compile(given, regex.DOTALL)
+        re.compile(expression)
+        pattern = regex.compile(expression, regex.DOTALL)
     except (re.error, regex.error) as error:
-        raise ConfigError("reward", f"{kind}:{given} is not a regular expression ({error})", "fix it") from error
-    look = pattern.fullmatch if whole else pattern.search
+        raise ConfigError("reward", f"{kind}:{expression} is not a regular expression ({error})", "fix it") from error
+    search = pattern.fullmatch if whole else pattern.search
 
-    def found(completion: str) -> bool:
+    def is_match(completion: str) -> bool:
         try:
-            return look(completion, timeout=MATCH_SECONDS) is not None
+            return search(completion, timeout=MATCH_SECONDS) is not None
         except TimeoutError as error:
             what = f"takes more than {MATCH_SECONDS:g} s on a completion of {len(completion):,} characters"
             how = "write it without repetitions inside repetitions, such as (a+)+"
-            raise RewardError(f"{kind}:{given}", what, how) from error
+            raise RewardError(f"{kind}:{expression}", what, how) from error
 
-    return lambda prompts, completions: [float(found(c)) for c in completions]
+    return lambda prompts, completions: [float(is_match(c)) for c in completions]
 
 
-def matches(given: str) -> RewardFunction:
+def matches(expression: str) -> RewardFunction:
     """1 if the regular expression is found in the completion (``^``, ``$``: its start and end; ``.``: any character), else 0."""
-    return _pattern("matches", given, whole=False)
+    return _pattern("matches", expression, whole=False)
 
 
-def format_of(given: str) -> RewardFunction:
+def format_of(expression: str) -> RewardFunction:
     """1 if the regular expression matches the whole completion (``.``: any character), else 0."""
-    return _pattern("format", given, whole=True)
+    return _pattern("format", expression, whole=True)
 
 
 RULES: dict[str, Callable[[str], RewardFunction]] = {"words": words_between, "matches": matches, "format": format_of}
@@ -190,10 +190,10 @@ class OverlongReward(Section):
 
     def function(self) -> RewardFunction:
         cache = self.cache or max(1, self.max // 5)
-        free = self.max - cache
+        free_tokens = self.max - cache
 
         def overlong(completions: Sequence[str], completion_ids: Sequence[Sequence[int]]) -> list[float]:
-            return [min(0.0, max(-1.0, (free - len(ids)) / cache)) for ids in completion_ids]
+            return [min(0.0, max(-1.0, (free_tokens - len(ids)) / cache)) for ids in completion_ids]
 
         return overlong
 
@@ -278,19 +278,19 @@ def built_in(name: str, options: Section | None) -> RewardFunction:
         ConfigError: an option is missing, or its argument cannot be parsed.
     """
     if options is not None:
-        made: RewardFunction = options.function()  # type: ignore[attr-defined]
-        return made
+        function: RewardFunction = options.function()  # type: ignore[attr-defined]
+        return function
     if name in BUILT_IN:
         return BUILT_IN[name]
-    kind, colon, given = name.partition(":")
+    kind, colon, argument = name.partition(":")
     if colon and kind in RULES:
-        return RULES[kind](given)
+        return RULES[kind](argument)
     try:
         return WITH_OPTIONS[kind]().function()  # type: ignore[attr-defined,no-any-return]
     except ValidationError as error:
-        lacking = error.errors()[0]["loc"][0]
-        how = f"write reward: {{{name}: {{{lacking}: ...}}}}"
-        raise ConfigError("reward", f"{name} needs {lacking}", how) from error
+        missing = error.errors()[0]["loc"][0]
+        how = f"write reward: {{{name}: {{{missing}: ...}}}}"
+        raise ConfigError("reward", f"{name} needs {missing}", how) from error
 
 
 # ---- The `reward` section of a config ----
@@ -325,16 +325,16 @@ class RewardConfig(Section):
         terms: dict[str, float] = {}
         options: dict[str, Section] = {}
         settings = {k: v for k, v in value.items() if k in ("device", "timeout")}
-        for name, given in value.items():
+        for name, setting in value.items():
             if name in settings:
                 continue
-            weight = given
-            if isinstance(given, Mapping):
-                weight = given.get("weight", 1.0)
-                options[name] = _options(name, {k: v for k, v in given.items() if k != "weight"})
+            weight = setting
+            if isinstance(setting, Mapping):
+                weight = setting.get("weight", 1.0)
+                options[name] = _options(name, {k: v for k, v in setting.items() if k != "weight"})
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                 raise ValueError(f"{name} is {weight!r}; give each reward a number as its weight")
-            if not isinstance(given, Mapping) and kind_of(name) in WITH_OPTIONS and ":" not in name:
+            if not isinstance(setting, Mapping) and kind_of(name) in WITH_OPTIONS and ":" not in name:
                 _options(name, {})  # raises if it requires options
             terms[name] = float(weight)
         if isinstance(settings.get("timeout"), int) and not isinstance(settings["timeout"], bool):
@@ -362,28 +362,30 @@ class RewardConfig(Section):
 
 def _merge_list(value: Sequence[Any]) -> dict[str, Any]:
     """Merge ``[accuracy, {words: -0.01}]`` into one mapping."""
-    found: dict[str, Any] = {}
+    merged: dict[str, Any] = {}
     for item in value:
-        one = {item: 1.0} if isinstance(item, str) else item
-        if not isinstance(one, dict):
+        entry = {item: 1.0} if isinstance(item, str) else item
+        if not isinstance(entry, dict):
             raise ValueError(f"{item!r} is not a reward; write a name, or {{name: weight}}")
-        if twice := next((n for n in one if n in found), None):
-            raise ValueError(f"{twice} is listed twice; give it one weight")
-        found |= one
-    return found
+        if duplicate := next((n for n in entry if n in merged), None):
+            raise ValueError(f"{duplicate} is listed twice; give it one weight")
+        merged |= entry
+    return merged
 
 
-def _options(name: str, given: Mapping[str, Any]) -> Section:
+def _options(name: str, option_values: Mapping[str, Any]) -> Section:
     section = WITH_OPTIONS.get(name if name in WITH_OPTIONS else name.partition(":")[0])
     if section is None:
         raise ValueError(f"{name} has no options; give it a number as its weight")
-    made = {k: float(v) if k in ("max_penalty", "timeout") and type(v) is int else v for k, v in given.items()}
-    if unknown := next((k for k in made if k not in section.model_fields), None):
+    values = {
+        k: float(v) if k in ("max_penalty", "timeout") and type(v) is int else v for k, v in option_values.items()
+    }
+    if unknown := next((k for k in values if k not in section.model_fields), None):
         raise ValueError(f"{name} has no option {unknown!r}; there are {', '.join(section.model_fields)}, weight")
-    if lacking := next((k for k, f in section.model_fields.items() if f.is_required() and k not in made), None):
-        raise ValueError(f"{name} needs {lacking}; write {{{name}: {{{lacking}: ...}}}}")
+    if missing := next((k for k, f in section.model_fields.items() if f.is_required() and k not in values), None):
+        raise ValueError(f"{name} needs {missing}; write {{{name}: {{{missing}: ...}}}}")
     try:
-        return section.model_validate(made)
+        return section.model_validate(values)
     except ValidationError as error:
-        at = [{**e, "loc": (name, *e["loc"])} for e in error.errors(include_url=False)]
-        raise ValidationError.from_exception_data(error.title, at) from None  # type: ignore[arg-type]
+        errors = [{**e, "loc": (name, *e["loc"])} for e in error.errors(include_url=False)]
+        raise ValidationError.from_exception_data(error.title, errors) from None  # type: ignore[arg-type]

@@ -75,21 +75,21 @@ def parameters_of(function: Any, name: str) -> Parameters:
         ConfigError: it takes no completions.
     """
     try:
-        given = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # C code
         return Parameters()
-    rest = any(p.kind is p.VAR_KEYWORD for p in given)
-    keyword = [p for p in given if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    positional = [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    named = {p.name for p in keyword}
-    by_name = "completions" in named or (rest and not positional)
+    rest = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    keyword = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = {p.name for p in keyword}
+    by_name = "completions" in names or (rest and not positional)
     if not by_name:
-        several = any(p.kind is p.VAR_POSITIONAL for p in given)
-        if len(positional) < 2 and not several:
+        has_varargs = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        if len(positional) < 2 and not has_varargs:
             what = f"{name} does not take (prompts, completions)"
             raise ConfigError("reward", what, "define it as def f(prompts, completions, **columns)")
-        first = {p.name for p in positional[:2]}
-        keyword = [p for p in keyword if p.name not in first]
+        first_two = {p.name for p in positional[:2]}
+        keyword = [p for p in keyword if p.name not in first_two]
     required = tuple(p.name for p in keyword if p.default is p.empty)
     return Parameters(by_name, frozenset(p.name for p in keyword), required, rest)
 
@@ -113,27 +113,27 @@ class Batch:
     step: int
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def arguments(self, takes: Parameters, plain: bool, which: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
+    def arguments(self, signature: Parameters, plain: bool, indices: Sequence[int]) -> tuple[list[Any], dict[str, Any]]:
         """The (positional, named) arguments of a call on some of the completions."""
         prompts: list[Any] = []
         completions: list[Any] = []
-        for i in which:
+        for i in indices:
             row, text = self.rows[i], self.texts[i]
             prompt = self.prompts[i] if row is None else row.prompt
-            chat = not isinstance(prompt, str) and not plain
-            prompts.append(prompt_json(prompt) if chat else prompt_text(prompt))
-            completions.append([{"role": "assistant", "content": text}] if chat else text)
-        offered: dict[str, Any] = {"prompts": prompts, "completions": completions}
-        more: dict[str, Any] = {name: [values[i] for i in which] for name, values in self.columns.items()}
-        more["completion_ids"] = None if self.ids is None else [self.ids[i] for i in which]
-        more["trainer_state"] = SimpleNamespace(global_step=self.step)
-        more["log_metric"] = lambda name, value: self.metrics.update({str(name): float(value)})
-        more["log_extra"] = lambda column, values: None
-        if self.ids is None and "completion_ids" not in takes.required:
-            del more["completion_ids"]
-        named = more | offered if takes.by_name else more  # these win over columns of the same name
-        kept = {n: v for n, v in named.items() if takes.rest or n in takes.names}
-        return ([] if takes.by_name else [prompts, completions]), kept
+            as_chat = not isinstance(prompt, str) and not plain
+            prompts.append(prompt_json(prompt) if as_chat else prompt_text(prompt))
+            completions.append([{"role": "assistant", "content": text}] if as_chat else text)
+        main: dict[str, Any] = {"prompts": prompts, "completions": completions}
+        extra: dict[str, Any] = {name: [values[i] for i in indices] for name, values in self.columns.items()}
+        extra["completion_ids"] = None if self.ids is None else [self.ids[i] for i in indices]
+        extra["trainer_state"] = SimpleNamespace(global_step=self.step)
+        extra["log_metric"] = lambda name, value: self.metrics.update({str(name): float(value)})
+        extra["log_extra"] = lambda column, values: None
+        if self.ids is None and "completion_ids" not in signature.required:
+            del extra["completion_ids"]
+        available = extra | main if signature.by_name else extra  # `main` wins over columns of the same name
+        accepted = {n: v for n, v in available.items() if signature.rest or n in signature.names}
+        return ([] if signature.by_name else [prompts, completions]), accepted
 
 
 # ---- a sum of rewards ----
@@ -215,37 +215,37 @@ class Reward:
         world = current()
         with world.together():
             batch = self._make_batch(prompts, completions, trees, step)
-        mine = [term for term in self.terms if world.leads and not _is_model(term)]
+        local_terms = [term for term in self.terms if world.leads and not _is_model(term)]
         values: dict[str, np.ndarray] = {}
         with world.together(patient=True):
-            values |= {term.label or term.name: _values(term, batch, self.timeout) for term in mine}
-        said_by_functions, metrics = world.share((values, batch.metrics))
+            values |= {term.label or term.name: _values(term, batch, self.timeout) for term in local_terms}
+        function_values, metrics = world.share((values, batch.metrics))
         with world.together(patient=True):
             models = {t.label or t.name: _values(t, batch, self.timeout) for t in self.terms if _is_model(t)}
-        values = {t.label or t.name: (said_by_functions | models)[t.label or t.name] for t in self.terms}
+        values = {t.label or t.name: (function_values | models)[t.label or t.name] for t in self.terms}
         weights = [term.weight for term in self.terms]
         total = np.zeros(len(completions))
-        said = np.zeros(len(completions), dtype=bool)
-        for weight, found in zip(weights, values.values(), strict=True):
-            total += weight * np.nan_to_num(found)
-            said |= ~np.isnan(found)
-        return Judgement(np.where(said, total, np.nan), values, metrics)
+        has_value = np.zeros(len(completions), dtype=bool)
+        for weight, scores in zip(weights, values.values(), strict=True):
+            total += weight * np.nan_to_num(scores)
+            has_value |= ~np.isnan(scores)
+        return Judgement(np.where(has_value, total, np.nan), values, metrics)
 
     def _make_batch(
         self, prompts: Sequence[str], completions: Sequence[str], trees: Sequence[TokenTree] | None, step: int
     ) -> Batch:
         n = len(completions)
         sources = [t.source for t in trees for _ in t.completion_ids] if trees is not None else [""] * n
-        known = self.policy.rows if self.policy is not None else {}
-        rows = [known.get(source) for source in sources]
+        rows_by_source = self.policy.rows if self.policy is not None else {}
+        rows = [rows_by_source.get(source) for source in sources]
         names = dict.fromkeys(name for row in rows if row is not None for name in row.columns)
         if self.policy is not None:
             names |= dict.fromkeys(self.policy.columns)
         columns = {name: [None if r is None else r.columns.get(name) for r in rows] for name in names}
         ids = [c.tolist() for t in trees for c in t.completion_ids] if trees is not None else None
-        several = next((s for s in sources if s in known and known[s] is None), None)
-        if names and several is not None:
-            what = f"{several} stands for rows of several files, so the columns of its row are not known"
+        ambiguous = next((s for s in sources if s in rows_by_source and rows_by_source[s] is None), None)
+        if names and ambiguous is not None:
+            what = f"{ambiguous} stands for rows of several files, so the columns of its row are not known"
             raise RewardError("reward", what, "give the data files different names")
         return Batch(prompts, completions, rows, sources, ids, columns, trees, step)
 
@@ -256,56 +256,58 @@ def _is_model(term: RewardTerm) -> bool:
 
 def _values(term: RewardTerm, batch: Batch, timeout: float | None) -> np.ndarray:
     n = len(batch.texts)
-    on_trees = getattr(term.function, "score_trees", None) if batch.trees is not None else None
-    lacking = [c for c in term.takes.columns if c not in batch.columns]
-    if lacking and on_trees is None:
-        raise _no_column(term.name, lacking[0], batch.columns, RewardError)
-    if on_trees is None and batch.ids is None and "completion_ids" in term.takes.required:
+    score_trees = getattr(term.function, "score_trees", None) if batch.trees is not None else None
+    missing = [c for c in term.takes.columns if c not in batch.columns]
+    if missing and score_trees is None:
+        raise _no_column(term.name, missing[0], batch.columns, RewardError)
+    if score_trees is None and batch.ids is None and "completion_ids" in term.takes.required:
         what = "needs token ids, which are not available here"
         raise RewardError(f"reward {term.name}", what, "use it where a model writes: in training, eval or compare")
     try:
-        given = _call(term, batch, range(n), timeout) if on_trees is None else on_trees(batch.trees)
+        output = _call(term, batch, range(n), timeout) if score_trees is None else score_trees(batch.trees)
     except (Exception, SystemExit, TookTooLong) as error:  # sys.exit in a function must not end the run silently
         if isinstance(error, PenchantError):  # keep its message; there is no function to fix
             raise RewardError(f"reward {term.name}", error.what, error.how) from error
-        asks_alone = on_trees is None and kind_of(term.name) not in ("judge", "http")
-        at = _first_failing(term, batch, timeout) if asks_alone else None
-        blamed = f" ({_named_completion(batch, at)})" if at is not None else ""
+        retry_singly = score_trees is None and kind_of(term.name) not in ("judge", "http")
+        index = _first_failing(term, batch, timeout) if retry_singly else None
+        culprit = f" ({_named_completion(batch, index)})" if index is not None else ""
         if isinstance(error, TookTooLong):
-            what = f"gave no answer within {timeout:g} seconds{blamed}"
+            what = f"gave no answer within {timeout:g} seconds{culprit}"
             raise RewardError(f"reward {term.name}", what, "fix the function, or raise reward.timeout") from error
         how = "fix the function; it gets lists of prompts and completions and returns one number each"
-        raise RewardError(f"reward {term.name}", f"{type(error).__name__}: {error}{blamed}", how) from error
-    values = _numbers(term.name, given, batch)
+        raise RewardError(f"reward {term.name}", f"{type(error).__name__}: {error}{culprit}", how) from error
+    values = _numbers(term.name, output, batch)
     if values.shape != (n,):
         shape = (
             "" if values.ndim == 1 else f" (an array of shape {list(values.shape)})" if values.ndim else " (no list)"
         )
         what = f"returned {values.size} values{shape} for {counted(n, 'completion')}"
         raise RewardError(f"reward {term.name}", what, "return one number for each completion, in order")
-    each = (
-        given if isinstance(given, (list, tuple)) or getattr(getattr(given, "dtype", None), "hasobject", False) else ()
+    items = (
+        output
+        if isinstance(output, (list, tuple)) or getattr(getattr(output, "dtype", None), "hasobject", False)
+        else ()
     )
-    silent = np.array([v is None for v in each]) if len(each) else np.zeros(n, dtype=bool)
-    bad = np.flatnonzero(~(np.abs(values) <= LARGEST) & ~silent)  # NaN too
-    if len(bad):
-        at = int(bad[0])
+    is_none = np.array([v is None for v in items]) if len(items) else np.zeros(n, dtype=bool)
+    invalid = np.flatnonzero(~(np.abs(values) <= LARGEST) & ~is_none)  # NaN too
+    if len(invalid):
+        index = int(invalid[0])
         how = "return finite numbers (float32 holds them), or None where it says nothing of a completion"
-        raise RewardError(f"reward {term.name}", f"returned {values[at]} for {_named_completion(batch, at)}", how)
+        raise RewardError(f"reward {term.name}", f"returned {values[index]} for {_named_completion(batch, index)}", how)
     return values
 
 
-def _named_completion(batch: Batch, at: int) -> str:
-    row = f" of row {batch.sources[at]}" if batch.sources[at] else ""
-    return f"completion {at}{row}: {batch.texts[at][:60]!r}"
+def _named_completion(batch: Batch, index: int) -> str:
+    row = f" of row {batch.sources[index]}" if batch.sources[index] else ""
+    return f"completion {index}{row}: {batch.texts[index][:60]!r}"
 
 
 def _no_column(
-    name: str, column: str, there: Mapping[str, Any] | Sequence[str], kind: type[PenchantError]
+    name: str, column: str, available: Mapping[str, Any] | Sequence[str], kind: type[PenchantError]
 ) -> PenchantError:
-    near = closest(column, there)
-    columns = f"the rows have {', '.join(there)}" if there else "the rows have no further columns"
-    how = f'did you mean "{near}"? ' if near else ""
+    suggestion = closest(column, available)
+    columns = f"the rows have {', '.join(available)}" if available else "the rows have no further columns"
+    how = f'did you mean "{suggestion}"? ' if suggestion else ""
     what = f'{name} takes "{column}", and there is no such column; {columns}'
     return kind("reward", what, f"{how}map one with data.columns={{{column}: YOURS}}, or give the argument a default")
 
@@ -313,20 +315,20 @@ def _no_column(
 # ---- one call ----
 
 
-def _call(term: RewardTerm, batch: Batch, which: Sequence[int], timeout: float | None) -> Any:
+def _call(term: RewardTerm, batch: Batch, indices: Sequence[int], timeout: float | None) -> Any:
     """Call a function on some completions."""
-    positional, named = batch.arguments(term.takes, term.plain, which)
+    positional, named = batch.arguments(term.takes, term.plain, indices)
 
     def call() -> Any:
-        given = term.function(*positional, **named)
-        return _run_awaitable(given) if inspect.isawaitable(given) else given
+        output = term.function(*positional, **named)
+        return _run_awaitable(output) if inspect.isawaitable(output) else output
 
     return guarded(call, timeout)
 
 
-def _run_awaitable(given: Any) -> Any:
+def _run_awaitable(awaitable: Any) -> Any:
     async def wait() -> Any:
-        return await given
+        return await awaitable
 
     try:
         asyncio.get_running_loop()
@@ -335,20 +337,20 @@ def _run_awaitable(given: Any) -> Any:
     return in_thread(lambda: asyncio.run(wait()), None)  # a notebook already runs an event loop
 
 
-def _numbers(name: str, given: Any, batch: Batch) -> np.ndarray:
-    if given is None:
+def _numbers(name: str, result: Any, batch: Batch) -> np.ndarray:
+    if result is None:
         raise RewardError(f"reward {name}", "returned None", "return a list of numbers")
     try:
-        if getattr(getattr(given, "dtype", None), "kind", "") in ("O", "S", "U"):  # an array of texts, or of objects
-            given = list(given)
-        if isinstance(given, (list, tuple)):
-            given = [_plain(v) for v in given]
-        return np.asarray(_plain(given), dtype=np.float64)
+        if getattr(getattr(result, "dtype", None), "kind", "") in ("O", "S", "U"):  # an array of texts, or of objects
+            result = list(result)
+        if isinstance(result, (list, tuple)):
+            result = [_plain(v) for v in result]
+        return np.asarray(_plain(result), dtype=np.float64)
     except Exception as error:  # converting the elements may raise anything
-        what = f"returned {type(given).__name__} that holds no numbers"
-        at = _first_without_number(given)
-        if at is not None and at < len(batch.texts):
-            what = f"returned {short(repr(given[at]), 60)} for {_named_completion(batch, at)}"
+        what = f"returned {type(result).__name__} that holds no numbers"
+        index = _first_without_number(result)
+        if index is not None and index < len(batch.texts):
+            what = f"returned {short(repr(result[index]), 60)} for {_named_completion(batch, index)}"
         raise RewardError(f"reward {name}", what, "return a list of numbers") from error
 
 
@@ -363,11 +365,11 @@ def _plain(value: Any) -> Any:
     return value.detach().cpu().double().numpy() if hasattr(value, "detach") else value
 
 
-def _first_without_number(given: Any) -> int | None:
+def _first_without_number(values: Any) -> int | None:
     """Index of the first element of a list that is neither a number nor None."""
-    if not isinstance(given, (list, tuple)):
+    if not isinstance(values, (list, tuple)):
         return None
-    for i, value in enumerate(given):
+    for i, value in enumerate(values):
         try:
             np.asarray(_plain(value), dtype=np.float64)
         except Exception:
@@ -377,15 +379,15 @@ def _first_without_number(given: Any) -> int | None:
 
 def _first_failing(term: RewardTerm, batch: Batch, timeout: float | None) -> int | None:
     """Index of the first completion that also fails alone, or None; the search takes no longer than the timeout."""
-    ends = math.inf if timeout is None else time.monotonic() + timeout
+    deadline = math.inf if timeout is None else time.monotonic() + timeout
     for i in range(len(batch.texts)):
-        began = time.monotonic()
-        if began >= ends:
+        started = time.monotonic()
+        if started >= deadline:
             break
         try:
-            _call(term, batch, [i], None if timeout is None else ends - began)
+            _call(term, batch, [i], None if timeout is None else deadline - started)
         except TookTooLong:  # if many are slow, the one in progress is not at fault
-            return i if time.monotonic() - began > (timeout or 0.0) / 2 else None
+            return i if time.monotonic() - started > (timeout or 0.0) / 2 else None
         except (Exception, SystemExit):
             return i
     return None
@@ -412,22 +414,22 @@ def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu"
     terms = []
     for name, weight in config.terms.items():
         function = _load_term(name, config, policy, device)
-        own = not hasattr(function, "score_trees")
-        takes = parameters_of(function, name) if own else Parameters()
-        if own and policy is not None and policy.rows:
-            for column in takes.columns:
+        is_function = not hasattr(function, "score_trees")
+        parameters = parameters_of(function, name) if is_function else Parameters()
+        if is_function and policy is not None and policy.rows:
+            for column in parameters.columns:
                 if column not in policy.columns:
                     raise _no_column(name, column, policy.columns, ConfigError)
         plain = kind_of(name) is not None and kind_of(name) != "http"
-        terms.append(RewardTerm(name, function, float(weight), takes, plain, labels[name]))
+        terms.append(RewardTerm(name, function, float(weight), parameters, plain, labels[name]))
     return Reward(tuple(terms), policy, config.timeout)
 
 
 def labels_of(names: Sequence[str] | Mapping[str, Any]) -> dict[str, str]:
     """Map rewards to names in metrics: a function's name, a folder's last part; the full name if that is ambiguous."""
-    short = {n: n.rpartition(":")[2] if is_own(n) else n if kind_of(n) else Path(n).name or n for n in names}
-    seen = list(short.values())
-    return {n: s if seen.count(s) == 1 else n for n, s in short.items()}
+    labels = {n: n.rpartition(":")[2] if is_own(n) else n if kind_of(n) else Path(n).name or n for n in names}
+    all_labels = list(labels.values())
+    return {n: s if all_labels.count(s) == 1 else n for n, s in labels.items()}
 
 
 def reads_columns(spec: Any) -> bool:
@@ -464,11 +466,11 @@ def _load_term(name: str, config: RewardConfig, policy: PolicyText | None, devic
 
 def check_reward_name(name: str) -> None:
     """Refuse an unknown reward by its name or missing file, without loading anything."""
-    here = Path(name.rpartition(":")[0] if is_own(name) else name).expanduser().exists()
-    kind, colon, given = name.partition(":")
+    exists = Path(name.rpartition(":")[0] if is_own(name) else name).expanduser().exists()
+    kind, colon, argument = name.partition(":")
     if colon and kind in RULES:
-        RULES[kind](given)
-    elif kind_of(name) is None and not here:
+        RULES[kind](argument)
+    elif kind_of(name) is None and not exists:
         _function(name)
 
 
@@ -497,11 +499,11 @@ def _function(name: str) -> RewardFunction:
         if "/" in name:
             how = "give a reward model's folder or run, or path.py:function"
             raise ConfigError("reward", f"{name}: no such folder", how)
-        near = closest(name, BUILT_IN)
+        suggestion = closest(name, BUILT_IN)
         raise ConfigError(
             "reward",
             f"{name!r} is not a reward",
-            (f"did you mean {near}? " if near else "")
+            (f"did you mean {suggestion}? " if suggestion else "")
             + f"there are {', '.join(BUILT_IN)}, words:20-60, matches:REGEX, format:REGEX; or give path.py:function or a reward model's folder",
         )
     function = python_object(name, "reward")

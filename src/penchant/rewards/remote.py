@@ -26,8 +26,8 @@ def connection_of(options: EndpointReward, where: str) -> Connection:
     Raises:
         ConfigError: an invalid address, or a missing key.
     """
-    found = connect(options.url, options.key_env, f"reward.{where}.url", f"reward.{where}.key_env")
-    return replace(found, timeout=options.timeout, attempts=options.attempts)
+    connection = connect(options.url, options.key_env, f"reward.{where}.url", f"reward.{where}.key_env")
+    return replace(connection, timeout=options.timeout, attempts=options.attempts)
 
 
 # ---- a judge ----
@@ -58,8 +58,8 @@ _GRADE = re.compile(
 def grade_of(reply: str) -> float | None:
     """The grade in a reply, in [0, 1]; None if there is none, or two. Parsed as `judges.instruction.parse_verdict` parses verdicts."""
     lines = visible_lines(reply)
-    found = {float(m.group(1)) for x in (lines[:1] + lines[-1:]) if (m := _GRADE.fullmatch(x))}
-    grade = found.pop() if len(found) == 1 else None
+    grades = {float(m.group(1)) for x in (lines[:1] + lines[-1:]) if (m := _GRADE.fullmatch(x))}
+    grade = grades.pop() if len(grades) == 1 else None
     return grade / HIGHEST if grade is not None and grade <= HIGHEST else None
 
 
@@ -105,9 +105,9 @@ class Judge:
         pairs = [
             (i, j) for group in members.values() for i, j in permutations(group, 2) if completions[i] != completions[j]
         ]
-        said = self._grades_of([Question(prompts[i], completions[i], completions[j]) for i, j in pairs])
-        for_first = dict(zip(pairs, said, strict=True))
-        found: list[float | None] = []
+        scores = self._grades_of([Question(prompts[i], completions[i], completions[j]) for i, j in pairs])
+        score_by_pair = dict(zip(pairs, scores, strict=True))
+        shares: list[float | None] = []
         for i, prompt in enumerate(prompts):
             wins = []
             for j in members[prompt]:
@@ -116,21 +116,21 @@ class Judge:
                 if completions[i] == completions[j]:
                     wins.append(TIE)
                     continue
-                first, second = for_first[i, j], for_first[j, i]
+                first, second = score_by_pair[i, j], score_by_pair[j, i]
                 if first is not None and second is not None:  # both orders, to cancel position bias
                     wins.append((first + 1.0 - second) / 2)
-            found.append(sum(wins) / len(wins) if wins else None)
-        return found
+            shares.append(sum(wins) / len(wins) if wins else None)
+        return shares
 
     def _grades_of(self, questions: Sequence[Question]) -> list[float | None]:
-        once = list(dict.fromkeys(questions))
-        if not once:
+        unique = list(dict.fromkeys(questions))
+        if not unique:
             return []
-        answers = self.judge.ask(once)
-        values = {q: None if math.isnan(v) else v for q, v in zip(once, answers.values.tolist(), strict=True)}
+        answers = self.judge.ask(unique)
+        values = {q: None if math.isnan(v) else v for q, v in zip(unique, answers.values.tolist(), strict=True)}
         if all(v is None for v in values.values()):
-            what = f"none of {len(once)} replies can be read, such as '{shown(answers.unread[0]) if answers.unread else ''}'"
-            what, how = what, "ask another model, or give it more max_tokens"
+            what = f"none of {len(unique)} replies can be read, such as '{shown(answers.unread[0]) if answers.unread else ''}'"
+            how = "ask another model, or give it more max_tokens"
             raise RewardError(f"judge {self.judge.connection.url}", what, how)
         return [values[q] for q in questions]
 
@@ -170,13 +170,13 @@ class Http:
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="reward")
 
         def ask(start: int) -> list[float | None]:
-            part = slice(start, start + self.batch)
-            further = json.loads(json.dumps({n: v[part] for n, v in columns.items()}, default=str))
-            body = {"prompts": prompts[part], "completions": completions[part], "columns": further}
-            return self._numbers(self.connection.post("", body, stop), completions[part], start)
+            span = slice(start, start + self.batch)
+            json_columns = json.loads(json.dumps({n: v[span] for n, v in columns.items()}, default=str))
+            body = {"prompts": prompts[span], "completions": completions[span], "columns": json_columns}
+            return self._numbers(self.connection.post("", body, stop), completions[span], start)
 
         try:
-            return [value for found in pool.map(ask, starts) for value in found]
+            return [value for rewards in pool.map(ask, starts) for value in rewards]
         except NoReplyError as error:
             how = "start it, or fix reward.http.url; what was written is lost with this step"
             raise RewardError(f"reward {self.connection.url}", str(error), how) from error
@@ -186,18 +186,18 @@ class Http:
             self.connection.close()
 
     def _numbers(self, reply: Any, completions: Sequence[Any], start: int) -> list[float | None]:
-        found = reply.get("rewards") if isinstance(reply, dict) else reply
+        rewards = reply.get("rewards") if isinstance(reply, dict) else reply
         how = 'answer {"rewards": [...]} with a number or null for each completion, in order'
         where = f"reward {self.connection.url}"
-        if not isinstance(found, list) or len(found) != len(completions):
-            said = "no JSON" if reply is None else shown(json.dumps(reply)[:80])
-            what = f"{len(found)} rewards" if isinstance(found, list) else said
+        if not isinstance(rewards, list) or len(rewards) != len(completions):
+            description = "no JSON" if reply is None else shown(json.dumps(reply)[:80])
+            what = f"{len(rewards)} rewards" if isinstance(rewards, list) else description
             raise RewardError(where, f"answered {what} for {counted(len(completions), 'completion')}", how)
-        for i, value in enumerate(found):
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
-            if value is not None and not number:
-                said = (
+        for i, value in enumerate(rewards):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
+            if value is not None and not is_number:
+                description = (
                     f"answered {shown(json.dumps(value)[:40])} for completion {start + i}: {str(completions[i])[:60]!r}"
                 )
-                raise RewardError(where, said, how)
-        return [None if v is None else float(v) for v in found]
+                raise RewardError(where, description, how)
+        return [None if v is None else float(v) for v in rewards]

@@ -90,13 +90,13 @@ class CausalRewards:
 
 def last_positions(batch: PackedBatch) -> list[int]:
     """Position of each completion's last token in the packed row."""
-    found = []
+    positions = []
     for s in batch.segments:
         end = s.start + s.prompt_len
         for n in s.completion_lens:
             end += n
-            found.append(end - 1)
-    return found
+            positions.append(end - 1)
+    return positions
 
 
 @dataclass(slots=True)
@@ -117,30 +117,31 @@ class EncoderRewards:
     def rewards(self, batch: PackedBatch) -> Tensor:
         # packed separately: one completion per segment
         groups = by_length([s.length for s in batch.segments])
-        found = [self._padded(batch, [batch.segments[i] for i in members]) for members in groups]
-        place = torch.tensor([i for members in groups for i in members]).argsort()
-        return torch.cat(found).index_select(0, moved(place, batch.input_ids.device))
+        rewards = [self._padded(batch, [batch.segments[i] for i in members]) for members in groups]
+        inverse = torch.tensor([i for members in groups for i in members]).argsort()
+        return torch.cat(rewards).index_select(0, moved(inverse, batch.input_ids.device))
 
     def _padded(self, batch: PackedBatch, rows: Sequence[Segment]) -> Tensor:
         """Rewards of rows of similar length; all their indices go to the device in one copy."""
         lengths, prompts, starts = np.array([(s.length, s.prompt_len, s.start) for s in rows]).T[:, :, None]
         column = np.arange(lengths.max())
-        real = column < lengths
-        first, second = (0, 0) if self.layout.types is None else self.layout.types
-        kinds = np.where(real, np.where(column < prompts, first, second), 0)
+        is_token = column < lengths
+        first_type, second_type = (0, 0) if self.layout.types is None else self.layout.types
+        type_ids = np.where(is_token, np.where(column < prompts, first_type, second_type), 0)
         index, mask, types = moved(
-            torch.from_numpy(np.stack([np.where(real, starts + column, 0), real, kinds])), batch.input_ids.device
+            torch.from_numpy(np.stack([np.where(is_token, starts + column, 0), is_token, type_ids])),
+            batch.input_ids.device,
         )
         ids = torch.where(mask.bool(), batch.input_ids[index], self.layout.pad)
-        more = {} if self.layout.types is None else {"token_type_ids": types}
+        extra = {} if self.layout.types is None else {"token_type_ids": types}
         head = head_of(self.model)
         features: list[Tensor] = []
         # run the head again in fp32, on the features that the model passes to it
-        listening = head.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+        hook = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         try:
-            self.model(input_ids=ids, attention_mask=mask, **more)
+            self.model(input_ids=ids, attention_mask=mask, **extra)
         finally:
-            listening.remove()
+            hook.remove()
         return head_scores(head, features[0])
 
 
@@ -182,11 +183,11 @@ class PolicyText:
 
 def rows_by_source(trees: Iterable[PromptTree]) -> dict[str, PromptTree | None]:
     """Prompts and extra columns by the `source` of their rows; None if files of the same name differ there."""
-    found: dict[str, PromptTree | None] = {}
+    prompts: dict[str, PromptTree | None] = {}
     for tree in trees:
-        bare = replace(tree, completions=())
-        found[tree.source] = bare if found.get(tree.source, bare) == bare else None
-    return found
+        prompt = replace(tree, completions=())
+        prompts[tree.source] = prompt if prompts.get(tree.source, prompt) == prompt else None
+    return prompts
 
 
 @dataclass(slots=True)
@@ -209,14 +210,14 @@ class RewardModel:
     add_eos: bool
     policy: PolicyText | None = None
     template_options: Mapping[str, Any] = field(default_factory=dict)
-    _same: bool = field(init=False)
+    _same_format: bool = field(init=False)
 
     def __post_init__(self) -> None:
         policy = self.policy
         if policy is not None and DATE in policy.template_options and writes_date(self.tokenizer):
             # a reward model trained without a fixed date gets the run's
             self.template_options = {DATE: policy.template_options[DATE], **self.template_options}
-        self._same = (
+        self._same_format = (
             policy is not None
             and not self.encoder
             and self.add_eos
@@ -233,23 +234,23 @@ class RewardModel:
     def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
         """The reward of each completion of rollouts, tree by tree; one that did not end by itself is scored without EOS."""
         longest = max((len(t.prompt_ids) + max(map(len, t.completion_ids)) for t in trees), default=0)
-        if self._same and longest <= self.max_length:
+        if self._same_format and longest <= self.max_length:
             return rewards_of(self.scorer, trees)
         assert self.policy is not None
         decode = self.policy.tokenizer.decode
         pairs, unfinished = [], []
         for tree in trees:
-            known = self.policy.rows
-            if tree.source not in known:
-                asked = PromptTree(decode(tree.prompt_ids, skip_special_tokens=True), ())
-            elif (row := known[tree.source]) is not None:
-                asked = row  # with its tools
+            rows = self.policy.rows
+            if tree.source not in rows:
+                prompt = PromptTree(decode(tree.prompt_ids, skip_special_tokens=True), ())
+            elif (row := rows[tree.source]) is not None:
+                prompt = row  # with its tools
             else:
                 what = "stands for rows of several files, so the reward model cannot tell their prompts apart"
                 raise DataError(tree.source, what, "give the data files different names")
-            for ids, cut in zip(tree.completion_ids, tree.truncated, strict=True):
-                pairs.append(replace(asked, completions=(Completion(decode(ids, skip_special_tokens=True)),)))
-                unfinished.append(cut)
+            for ids, truncated in zip(tree.completion_ids, tree.truncated, strict=True):
+                pairs.append(replace(prompt, completions=(Completion(decode(ids, skip_special_tokens=True)),)))
+                unfinished.append(truncated)
         return rewards_of(self.scorer, self._tokenized(pairs, unfinished))
 
     def _tokenized(self, pairs: Sequence[PromptTree], unfinished: Sequence[bool]) -> list[TokenTree]:
@@ -257,11 +258,13 @@ class RewardModel:
         if self.encoder:
             return list(tokenize_text_pairs(dataset, self.tokenizer, max_length=self.max_length).trees)
         # a completion may be empty; if the reward model was trained without EOS too, only the prompt is left
-        nothing = [not self.add_eos and not p.completions[0].text for p in pairs]
-        if any(nothing):
-            held = [replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, nothing, strict=True)]
-            dataset = replace(dataset, trees=tuple(held))
-        made: Sequence[TokenTree] = tokenize(
+        is_empty = [not self.add_eos and not p.completions[0].text for p in pairs]
+        if any(is_empty):
+            filled = [
+                replace(p, completions=(Completion("."),)) if n else p for p, n in zip(pairs, is_empty, strict=True)
+            ]
+            dataset = replace(dataset, trees=tuple(filled))
+        token_trees: Sequence[TokenTree] = tokenize(
             dataset,
             self.tokenizer,
             template=self.template,
@@ -270,12 +273,14 @@ class RewardModel:
             template_options=self.template_options,
             strict=False,
         ).trees
-        made = [
+        token_trees = [
             replace(t, completion_ids=(t.completion_ids[0][:0],)) if n else t
-            for t, n in zip(made, nothing, strict=True)
+            for t, n in zip(token_trees, is_empty, strict=True)
         ]
-        ends = end_ids(self.tokenizer)
-        return [_without(ends, t) if cut else t for t, cut in zip(made, unfinished, strict=True)]
+        end_tokens = end_ids(self.tokenizer)
+        return [
+            _without(end_tokens, t) if truncated else t for t, truncated in zip(token_trees, unfinished, strict=True)
+        ]
 
 
 def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
@@ -286,19 +291,19 @@ def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
 def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
     """The reward of every completion, tree by tree, without gradient."""
     device = place_of(scorer.model)
-    found: list[list[float]] = [[] for _ in trees]
+    rewards: list[list[float]] = [[] for _ in trees]
     training = scorer.model.training
     scorer.model.eval()
     with torch.no_grad():
         passes = run_passes(
             scorer.rewards, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=scorer.side_by_side
         )
-        for members, made in passes:
+        for members, values in passes:
             sizes = [len(trees[i].completion_ids) for i in members]
-            for i, part in zip(members, made.cpu().double().split(sizes), strict=True):
-                found[i] = part.tolist()
+            for i, part in zip(members, values.cpu().double().split(sizes), strict=True):
+                rewards[i] = part.tolist()
     scorer.model.train(training)
-    return [r for of_tree in found for r in of_tree]
+    return [r for tree_rewards in rewards for r in tree_rewards]
 
 
 def make_scorer(
@@ -317,8 +322,8 @@ def make_scorer(
             raise ConfigError("model.attention", what, "set model.attention=auto")
         scorer = EncoderRewards(model, pair_format(tokenizer))
         return scorer, f"packing: {scorer.packing}"
-    causal, note = choose_packing(model, packing, kernels, attention, runs_as)
-    return CausalRewards(causal), note
+    causal_scorer, note = choose_packing(model, packing, kernels, attention, runs_as)
+    return CausalRewards(causal_scorer), note
 
 
 # ---- loading ----
@@ -335,8 +340,8 @@ def find_reward_model(path: str) -> Path | None:
     if last is None:
         raise CheckpointError(path, "this run has no checkpoint yet", "train the reward model first")
     best = checkpoint_state(last).get("best_step")
-    there = {p.name: p for p in checkpoints(folder)}
-    return there.get(f"step-{best}", last) / "model"
+    by_name = {p.name: p for p in checkpoints(folder)}
+    return by_name.get(f"step-{best}", last) / "model"
 
 
 def check_reward_folder(name: str, folder: Path) -> Any:
@@ -444,12 +449,12 @@ class RewardModelParts:
         return min(self.data.max_length, context_of(config, self.tokenizer) or self.data.max_length)
 
     def tokenize(self, dataset: Dataset, on_bad_row: str) -> TokenizedDataset:
-        how: dict[str, Any] = self.data.model_dump(include={"truncation", "identical"})
-        how |= {"max_length": self.max_length, "on_bad_row": on_bad_row}
+        options: dict[str, Any] = self.data.model_dump(include={"truncation", "identical"})
+        options |= {"max_length": self.max_length, "on_bad_row": on_bad_row}
         if self.encoder:
-            return tokenize_text_pairs(dataset, self.tokenizer, **how)
-        how |= self.data.model_dump(include={"template", "template_options", "add_eos"})
-        return tokenize(dataset, self.tokenizer, **how)
+            return tokenize_text_pairs(dataset, self.tokenizer, **options)
+        options |= self.data.model_dump(include={"template", "template_options", "add_eos"})
+        return tokenize(dataset, self.tokenizer, **options)
 
     def load(self, device: torch.device, seed: int) -> Any:
         """The trainable model in fp32: whole, or an adapter with a head (and any other new weights) trained with it."""

@@ -135,8 +135,8 @@ def write_weights(model: Any, folder: Path) -> None:
     os.makedirs(aside)
     base = base_model_of(model)
     base.config.save_pretrained(aside)
-    held = {n: w.contiguous().cpu() for n, w in whole_weights_of(model)}
-    save_file(held, aside / "model.safetensors", metadata={"format": "pt"})
+    weights = {n: w.contiguous().cpu() for n, w in whole_weights_of(model)}
+    save_file(weights, aside / "model.safetensors", metadata={"format": "pt"})
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(aside, folder)
 
@@ -158,34 +158,34 @@ class Probe:
     noise: float = field(default=NOISE, init=False)
 
     def __post_init__(self) -> None:
-        words = self.model.get_input_embeddings().weight.shape[0]
+        vocab_size = self.model.get_input_embeddings().weight.shape[0]
         tokens = max(2, min(PROBE_TOKENS, self.longest - 1))  # an engine is asked for one more
-        self.rows = np.random.default_rng(0).integers(0, words, (PROBE_ROWS, tokens)).tolist()
+        self.rows = np.random.default_rng(0).integers(0, vocab_size, (PROBE_ROWS, tokens)).tolist()
 
     def of_policy(self) -> np.ndarray:
         """The policy's log-probs of all tokens except each row's first, at temperature 1."""
         training = self.model.training
         self.model.eval()
         device = place_of(self.model)
-        found = []
+        row_logps = []
         with torch.inference_mode():
             for row in self.rows:
                 ids = torch.tensor([row], device=device)
                 logps = self.model(input_ids=ids, **without_cache(self.model)).logits[0, :-1].float().log_softmax(-1)
-                found.append(logps.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy())
+                row_logps.append(logps.gather(1, ids[0, 1:, None]).squeeze(1).cpu().numpy())
         self.model.train(training)
-        return np.concatenate(found).astype(np.float64)
+        return np.concatenate(row_logps).astype(np.float64)
 
     def wrong(self, policy: np.ndarray, engine: np.ndarray) -> str:
         """What is wrong with an engine after an update; "" if nothing is."""
-        away = float(np.abs(engine - policy).mean())
-        moved = 0.0 if self.policy is None else float(np.abs(policy - self.policy).mean())
-        said = f"its log-probs of fixed tokens are {away:.2g} nats a token from the policy's"
-        if not away <= self.tolerance:  # NaN too
-            return f"{said} (rollout.tolerance: {self.tolerance:g})"
+        difference = float(np.abs(engine - policy).mean())
+        change = 0.0 if self.policy is None else float(np.abs(policy - self.policy).mean())
+        message = f"its log-probs of fixed tokens are {difference:.2g} nats a token from the policy's"
+        if not difference <= self.tolerance:  # NaN too
+            return f"{message} (rollout.tolerance: {self.tolerance:g})"
         # detect a failed update even if it is smaller than the tolerance
-        if away > 4 * self.noise and away > 0.25 * moved and moved > 0:
-            return f"{said}, and the update moved the policy's by {moved:.2g}"
+        if difference > 4 * self.noise and difference > 0.25 * change and change > 0:
+            return f"{message}, and the update moved the policy's by {change:.2g}"
         return ""
 
     def keep(self, policy: np.ndarray, engine: np.ndarray) -> None:
@@ -238,14 +238,14 @@ class Remote:
                 self._send_weights(version)
                 policy = self.probe.of_policy()
             engine = self._scores()
-            wrong = self.probe.wrong(policy, engine)
-            if not wrong:
+            problem = self.probe.wrong(policy, engine)
+            if not problem:
                 break
-            self.note(f"{self.where}: after weights were sent (time {attempt}), {wrong}")
+            self.note(f"{self.where}: after weights were sent (time {attempt}), {problem}")
             if attempt == min(2, self.config.attempts):  # a third update would not help
                 raise RolloutError(
                     self.where,
-                    f"after its weights were updated, {wrong}: it has other or only some of the new weights, or is another model",
+                    f"after its weights were updated, {problem}: it has other or only some of the new weights, or is another model",
                     "start it with the run's model, dtype and --enforce-eager; by file, vLLM may keep the old head of a model with "
                     "tied embeddings: use rollout.update=nccl, or the own engine; where it computes in bf16, raise rollout.tolerance",
                 )
@@ -287,32 +287,32 @@ class VLLMServer(Remote):
         Raises:
             ConfigError, RolloutError.
         """
-        found = self._ask("/v1/models")
+        reply = self._ask("/v1/models")
         try:
-            models = {m["id"]: m.get("max_model_len") for m in found["data"]}
+            models = {m["id"]: m.get("max_model_len") for m in reply["data"]}
         except (LookupError, TypeError, AttributeError) as error:
             raise RolloutError(self.where, "does not say what it serves", "is it a vLLM server?") from error
         self.name = self.config.model or next(iter(models), "")
         if self.name not in models:
-            there = ", ".join(map(shown, models)) or "nothing"
-            what = f"{self.where} serves {there}, not {shown(self.name)}"
+            served = ", ".join(map(shown, models)) or "nothing"
+            what = f"{self.where} serves {served}, not {shown(self.name)}"
             raise ConfigError("rollout.model", what, "name one of them")
-        most = models[self.name]
-        if isinstance(most, int) and most < longest:
-            what = f"the longest prompt and its completion make {longest} tokens, and {self.where} holds {most}"
+        limit = models[self.name]
+        if isinstance(limit, int) and limit < longest:
+            what = f"the longest prompt and its completion make {longest} tokens, and {self.where} holds {limit}"
             how = "start it with a larger --max-model-len, or lower algorithm.max_new_tokens"
             raise ConfigError("algorithm.max_new_tokens", what, how)
 
     def sample(
         self, prompts: Sequence[Sequence[int]], settings: Settings, seed: int, prompt_seeds: Sequence[int]
     ) -> list[list[Sample]]:
-        def one(i: int) -> list[Sample]:
+        def sample_prompt(i: int) -> list[Sample]:
             return self._request(list(prompts[i]), settings_of_prompt(settings, i), request_seed(seed, prompt_seeds[i]))
 
         with ThreadPoolExecutor(min(CONCURRENT, max(1, len(prompts))), thread_name_prefix="rollout") as pool:
-            written = list(pool.map(one, range(len(prompts))))
+            samples = list(pool.map(sample_prompt, range(len(prompts))))
         self._check_version()
-        return written
+        return samples
 
     def _request(self, prompt: list[int], settings: Settings, seed: int) -> list[Sample]:
         s = settings
@@ -334,15 +334,15 @@ class VLLMServer(Remote):
             "skip_special_tokens": False,
             "add_special_tokens": False,
         }
-        wrong = ""
+        problem = ""
         for _ in range(self.config.attempts):
             try:
                 return parse_samples(self._ask("/v1/completions", body), prompt, settings, self._vocabulary_size())
             except InvalidReply as error:
-                wrong = str(error)
+                problem = str(error)
         raise RolloutError(
             self.where,
-            f"{wrong} ({self.config.attempts} attempts)",
+            f"{problem} ({self.config.attempts} attempts)",
             "start it with --logprobs-mode processed_logprobs and without plugins; the run goes on from its last checkpoint",
         )
 
@@ -350,7 +350,7 @@ class VLLMServer(Remote):
         return int(self.model.get_input_embeddings().weight.shape[0])
 
     def _scores(self) -> np.ndarray:
-        found: list[float] = []
+        logps: list[float] = []
         for row in self.probe.rows:
             body = {
                 "model": self.name,
@@ -364,11 +364,11 @@ class VLLMServer(Remote):
             answer = self._ask("/v1/completions", body)
             try:
                 per_token = answer["choices"][0]["prompt_logprobs"][1:]
-                found += [float(p[str(token)]["logprob"]) for p, token in zip(per_token, row[1:], strict=True)]
+                logps += [float(p[str(token)]["logprob"]) for p, token in zip(per_token, row[1:], strict=True)]
             except (LookupError, TypeError, ValueError) as error:
                 how = "is it a vLLM server of this run's model?"
                 raise RolloutError(self.where, "gives no log-probs of a prompt's tokens", how) from error
-        return np.array(found)
+        return np.array(logps)
 
     def _check_version(self) -> None:
         """Refuse a batch that was sampled with weights other than those sent.
@@ -377,8 +377,8 @@ class VLLMServer(Remote):
             WeightsLost.
         """
         if self.versions:
-            found = self._ask("/weight_info")
-            same = (found.get("weight_version") if isinstance(found, dict) else None) == self.tag
+            reply = self._ask("/weight_info")
+            same = (reply.get("weight_version") if isinstance(reply, dict) else None) == self.tag
         else:
             same = bool(np.abs(self._scores() - self.probe.engine).mean() <= max(NOISE, 4 * self.probe.noise))
         if not same:
@@ -396,8 +396,8 @@ class VLLMServer(Remote):
             if nccl:
                 self._send_by_nccl()
             else:
-                how = {"weights_path": str(self.folder.resolve())}
-                self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": how})
+                kwargs = {"weights_path": str(self.folder.resolve())}
+                self._ask("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
         except PenchantError:
             with suppress(NoReplyError):  # the server may be gone
                 replace(self.connection, attempts=1).post("/resume", {}, threading.Event())
@@ -417,8 +417,8 @@ class VLLMServer(Remote):
         if self.config.update == "auto":
             return on_gpu and _has_vllm()
         if self.config.update == "nccl" and not (on_gpu and _has_vllm()):
-            why = "vllm is not installed here" if on_gpu else "the policy is on no GPU"
-            raise ConfigError("rollout.update", f"is nccl, and {why}", "set it to file")
+            reason = "vllm is not installed here" if on_gpu else "the policy is on no GPU"
+            raise ConfigError("rollout.update", f"is nccl, and {reason}", "set it to file")
         return self.config.update == "nccl"
 
     def _send_by_nccl(self) -> None:
@@ -467,7 +467,7 @@ class InvalidReply(Exception):
     """A reply that cannot be a valid result of the request."""
 
 
-def parse_samples(answer: Any, prompt: list[int], settings: Settings, words: int) -> list[Sample]:
+def parse_samples(answer: Any, prompt: list[int], settings: Settings, vocabulary_size: int) -> list[Sample]:
     """Check and convert a server's reply to one prompt.
 
     Raises:
@@ -478,25 +478,25 @@ def parse_samples(answer: Any, prompt: list[int], settings: Settings, words: int
         choices = {c["index"]: c for c in answer["choices"]}
         if sorted(choices) != list(range(s.n)) or len(answer["choices"]) != s.n:
             raise InvalidReply(f"{len(answer['choices'])} completions came back for {s.n}")
-        made = []
+        samples = []
         for i in range(s.n):
             c = choices[i]
-            ids, logps, why = c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]
+            ids, logps, finish_reason = c["token_ids"], c["logprobs"]["token_logprobs"], c["finish_reason"]
             if (echo := c.get("prompt_token_ids")) is not None and echo != prompt:
                 raise InvalidReply("a completion is of another prompt")
-            made.append(_sample(ids, logps, why, s, words))
-        return made
+            samples.append(_sample(ids, logps, finish_reason, s, vocabulary_size))
+        return samples
     except (LookupError, TypeError, AttributeError) as error:
         raise InvalidReply("an answer is not a completion with token ids and log-probs") from error
 
 
-def _sample(ids: list[int], logps: list[float], why: Any, settings: Settings, words: int) -> Sample:
+def _sample(ids: list[int], logps: list[float], why: Any, settings: Settings, vocabulary_size: int) -> Sample:
     if not 1 <= len(ids) <= settings.max_new_tokens:
         raise InvalidReply(f"a completion has {len(ids)} tokens, and 1 to {settings.max_new_tokens} were asked for")
     if len(logps) != len(ids):
         raise InvalidReply(f"{len(logps)} log-probs came back for {len(ids)} tokens")
-    if not all(isinstance(t, int) and 0 <= t < words for t in ids):
-        raise InvalidReply(f"a completion holds ids that are none of the model's {words} tokens")
+    if not all(isinstance(t, int) and 0 <= t < vocabulary_size for t in ids):
+        raise InvalidReply(f"a completion holds ids that are none of the model's {vocabulary_size} tokens")
     if not all(isinstance(p, (int, float)) and math.isfinite(p) and -9000 < p < 1e-3 for p in logps):
         raise InvalidReply("a completion has invalid log-probs: NaN, above 0, or of tokens that cannot be drawn")
     finished = ids[-1] in settings.ends
@@ -549,20 +549,20 @@ class VLLMInProcess(Remote):
             )
             for i, row in enumerate(prompt_seeds)
         ]
-        asked = [{"prompt_token_ids": list(p)} for p in prompts]
-        words = int(self.model.get_input_embeddings().weight.shape[0])
-        written = []
-        for i, out in enumerate(self.llm.generate(asked, params, use_tqdm=False)):
+        requests = [{"prompt_token_ids": list(p)} for p in prompts]
+        vocab_size = int(self.model.get_input_embeddings().weight.shape[0])
+        samples = []
+        for i, out in enumerate(self.llm.generate(requests, params, use_tqdm=False)):
             row = []
             for c in sorted(out.outputs, key=lambda c: c.index):
                 ids = list(c.token_ids)
                 logps = [float(p[t].logprob) for p, t in zip(c.logprobs, ids, strict=True)]
                 try:
-                    row.append(_sample(ids, logps, c.finish_reason, settings_of_prompt(s, i), words))
+                    row.append(_sample(ids, logps, c.finish_reason, settings_of_prompt(s, i), vocab_size))
                 except InvalidReply as error:
                     raise RolloutError(self.where, str(error), "look at vLLM's own log") from error
-            written.append(row)
-        return written
+            samples.append(row)
+        return samples
 
     def _send_weights(self, version: int) -> None:
         write_weights(self.model, self.folder)
@@ -592,14 +592,14 @@ class VLLMInProcess(Remote):
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-        found = []
+        logps = []
         for row, out in zip(
             self.probe.rows,
             self.llm.generate([{"prompt_token_ids": r} for r in self.probe.rows], params, use_tqdm=False),
             strict=True,
         ):
-            found += [float(p[t].logprob) for p, t in zip(out.prompt_logprobs[1:], row[1:], strict=True)]
-        return np.array(found)
+            logps += [float(p[t].logprob) for p, t in zip(out.prompt_logprobs[1:], row[1:], strict=True)]
+        return np.array(logps)
 
     def close(self) -> None:
         self.llm = None
@@ -626,12 +626,12 @@ def make_engine(
     dtype = next(model.parameters()).dtype
     exact = dtype in (torch.float32, torch.float64)
     tolerance = (1e-3 if exact else 0.05) if config.tolerance == "auto" else config.tolerance
-    where = Path(config.folder).expanduser() if config.folder else folder / "rollout-weights"
+    weights_folder = Path(config.folder).expanduser() if config.folder else folder / "rollout-weights"
     if config.url is None:
-        return VLLMInProcess(model, config, where, tolerance, longest, whole, note)
-    found = connect(config.url.rstrip("/").removesuffix("/v1"), config.key_env, "rollout.url", "rollout.key_env")
-    key = found.key if config.key_env else None
-    connection = replace(found, key=key, timeout=config.timeout, attempts=config.attempts, largest=LARGEST)
-    made = VLLMServer(model, config, where, tolerance, longest, whole, note, connection=connection)
-    made.check(longest)
-    return made
+        return VLLMInProcess(model, config, weights_folder, tolerance, longest, whole, note)
+    server = connect(config.url.rstrip("/").removesuffix("/v1"), config.key_env, "rollout.url", "rollout.key_env")
+    key = server.key if config.key_env else None
+    connection = replace(server, key=key, timeout=config.timeout, attempts=config.attempts, largest=LARGEST)
+    engine = VLLMServer(model, config, weights_folder, tolerance, longest, whole, note, connection=connection)
+    engine.check(longest)
+    return engine

@@ -74,17 +74,17 @@ def calculated(text: str) -> str:
         if type(number) in (int, float) and abs(number) < 1e12:
             return number  # type: ignore[no-any-return]
         if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-            found = OPERATORS[type(node.op)](value(node.left), value(node.right))
-            return float(found) if abs(found) > 1e15 else found  # type: ignore[no-any-return]
+            result = OPERATORS[type(node.op)](value(node.left), value(node.right))
+            return float(result) if abs(result) > 1e15 else result  # type: ignore[no-any-return]
         if isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
             return OPERATORS[type(node.op)](value(node.operand))  # type: ignore[no-any-return]
         raise ValueError(text)
 
     try:
-        found = value(ast.parse(text.strip()[:200], mode="eval").body)
+        result = value(ast.parse(text.strip()[:200], mode="eval").body)
     except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
         return "error"
-    return str(int(found)) if found == int(found) else f"{found:.6g}"
+    return str(int(result)) if result == int(result) else f"{result:.6g}"
 
 
 ENVIRONMENTS: Mapping[str, Callable[[], Any]] = {"calculator": Calculator}
@@ -101,10 +101,10 @@ def find_environment(name: str) -> Callable[[], Any]:
             how = f"{did_you_mean(name, ENVIRONMENTS)} (or write path.py:Class)"
             raise ConfigError(WHERE, f"{name!r} is not an environment", how)
         return ENVIRONMENTS[name]
-    found: Callable[[], Any] = python_object(name, WHERE, "class")
-    if missing := [m for m in ("reset", "step") if not callable(getattr(found, m, None))]:
+    environment: Callable[[], Any] = python_object(name, WHERE, "class")
+    if missing := [m for m in ("reset", "step") if not callable(getattr(environment, m, None))]:
         raise ConfigError(WHERE, f"{name} has no method {' and '.join(missing)}", "see docs/environments.md")
-    return found
+    return environment
 
 
 def check_environment_name(name: str) -> None:
@@ -170,17 +170,17 @@ class Stage:
                 what = f"{a.place}: reset of {self.name} gives different messages to completions of one row"
                 raise RewardError(WHERE, what, "make it depend on the row alone: the completions share their prompt")
         for turn in range(self.turns):
-            going = [e for e in episodes if e.going]
-            if not going:
+            active = [e for e in episodes if e.going]
+            if not active:
                 break
-            left = [max_tokens - len(e.sample.ids) for e in going]
-            rows = [[*(e.sample.prompt or e.tree.prompt_ids.tolist()), *e.sample.ids] for e in going]
-            for e, said in zip(going, draw(rows, [e.seed + turn for e in going], left), strict=True):
-                self._add_turn(e, said, last=turn == self.turns - 1, max_tokens=max_tokens)
+            limits = [max_tokens - len(e.sample.ids) for e in active]
+            rows = [[*(e.sample.prompt or e.tree.prompt_ids.tolist()), *e.sample.ids] for e in active]
+            for e, answer in zip(active, draw(rows, [e.seed + turn for e in active], limits), strict=True):
+                self._add_turn(e, answer, last=turn == self.turns - 1, max_tokens=max_tokens)
         flat = [e.sample for e in episodes]
         return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
-    def _start_episode(self, tree: TokenTree, at: int, max_tokens: int) -> Episode:
+    def _start_episode(self, tree: TokenTree, sample_index: int, max_tokens: int) -> Episode:
         row = self.prompts_by_source.get(tree.source)
         if row is None:
             what = f"{tree.source}: its row cannot be told apart from another"
@@ -189,64 +189,66 @@ class Stage:
         prompt = row.prompt if isinstance(row.prompt, str) else [message_json(m) for m in row.prompt]
         place = tree.source or f"row {tree.row}"
         environment = self._call(place, "making it", self.make)
-        said = self._call(place, "reset", lambda: environment.reset({"prompt": prompt, **row.columns}))
+        opening = self._call(place, "reset", lambda: environment.reset({"prompt": prompt, **row.columns}))
         # distinct seeds for 256 turns of 65,536 samples per row
-        made = Episode(tree, place, environment, turns, ((tree.row << 16) | at) << 8)
-        if (more := self._messages(place, "reset", said)) is not None:
-            turns += more
-            made.sample.prompt = self._prompt(tree, row, turns, more)
-            whole = len(made.sample.prompt) + max_tokens
-            if self.context is not None and whole > self.context:
-                what = f"{place}: with what reset of {self.name} says, prompt and completion make {whole} tokens, beyond the model's {self.context}"
+        episode = Episode(tree, place, environment, turns, ((tree.row << 16) | sample_index) << 8)
+        if (added := self._messages(place, "reset", opening)) is not None:
+            turns += added
+            episode.sample.prompt = self._prompt(tree, row, turns, added)
+            total = len(episode.sample.prompt) + max_tokens
+            if self.context is not None and total > self.context:
+                what = f"{place}: with what reset of {self.name} says, prompt and completion make {total} tokens, beyond the model's {self.context}"
                 raise RewardError(WHERE, what, "make it say less, or lower algorithm.max_new_tokens")
-        return made
+        return episode
 
     def _prompt(self, tree: TokenTree, row: PromptTree, turns: Sequence[Message], more: Sequence[Message]) -> list[int]:
         """The prompt's ids, including the messages that `reset` added."""
-        before = tree.prompt_ids.tolist()
+        prompt_ids = tree.prompt_ids.tolist()
         if not self.chat:
-            return before + self._ids("".join(m.content for m in self._split_special_tokens(more)))
+            return prompt_ids + self._ids("".join(m.content for m in self._split_special_tokens(more)))
         template = ChatTemplate(self.tokenizer, self.template_options, template_variables(row))
         ids = self._ids(template.write([*turns[: -len(more)], *self._split_special_tokens(more)], generate=True))
-        bos = [i for i in before[:1] if i == self.tokenizer.bos_token_id and ids[:1] != [i]]
+        bos = [i for i in prompt_ids[:1] if i == self.tokenizer.bos_token_id and ids[:1] != [i]]
         return bos + ids
 
-    def _add_turn(self, e: Episode, said: Sample, *, last: bool, max_tokens: int) -> None:
+    def _add_turn(self, episode: Episode, answer: Sample, *, last: bool, max_tokens: int) -> None:
         """Add the policy's answer to the conversation, then the environment's reply."""
-        ids, sample = said.ids, e.sample
+        ids, sample = answer.ids, episode.sample
         sample.ids += ids
-        sample.logps += said.logps
+        sample.logps += answer.logps
         sample.own += [True] * len(ids)
-        sample.finished, e.going = said.finished, False
+        sample.finished, episode.going = answer.finished, False
         ended = bool(ids) and ids[-1] in self.ends
         text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        e.turns.append(Message("assistant", text))
-        if not said.finished:
+        episode.turns.append(Message("assistant", text))
+        if not answer.finished:
             return
-        shown = [message_json(m) for m in e.turns]
-        answer = self._messages(e.place, "step", self._call(e.place, "step", lambda: e.environment.step(shown)))
-        if answer is None:
+        messages = [message_json(m) for m in episode.turns]
+        reply = self._messages(
+            episode.place, "step", self._call(episode.place, "step", lambda: episode.environment.step(messages))
+        )
+        if reply is None:
             return
-        e.turns += answer
-        behind = self._reply_ids(e, answer, ids[-1] if ended else None)
+        episode.turns += reply
+        reply_ids = self._reply_ids(episode, reply, ids[-1] if ended else None)
         sample.finished = False  # the environment expects another answer
-        if last or len(sample.ids) + len(behind) >= max_tokens:
+        if last or len(sample.ids) + len(reply_ids) >= max_tokens:
             return
-        sample.ids += behind
-        sample.logps += [0.0] * len(behind)
-        sample.own += [False] * len(behind)
-        e.going = True
+        sample.ids += reply_ids
+        sample.logps += [0.0] * len(reply_ids)
+        sample.own += [False] * len(reply_ids)
+        episode.going = True
 
-    def _reply_ids(self, e: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
+    def _reply_ids(self, episode: Episode, answer: Sequence[Message], end: int | None) -> list[int]:
         """Token ids of the environment's messages after the policy's, up to the start of the next answer."""
         answer = self._split_special_tokens(answer)
         if self.chat:
-            before = e.turns[: -len(answer) - 1]
+            earlier = episode.turns[: -len(answer) - 1]
             template = ChatTemplate(self.tokenizer, self.template_options)
-            _, there, text = template.write([*before, Message("assistant", ANSWER), *answer], generate=True).rpartition(
-                ANSWER
-            )
-            if not there:
+            _, separator, text = template.write(
+                [*earlier, Message("assistant", ANSWER), *answer], generate=True
+            ).rpartition(ANSWER)
+            if not separator:
                 what = "the chat template leaves earlier answers out"
                 raise ConfigError(WHERE, what, "take another model, or data.template=plain")
             if end is not None:
@@ -255,48 +257,50 @@ class Stage:
             text = "".join(m.content for m in answer)
         return self._ids(text)
 
-    def _split_special_tokens(self, said: Sequence[Message]) -> list[Message]:
+    def _split_special_tokens(self, message_list: Sequence[Message]) -> list[Message]:
         """Split the texts of special tokens, such as the end of a turn, so that they are tokenized as plain text."""
 
-        def cut(found: re.Match[str]) -> str:
-            return found[0][0] + SPLIT + found[0][1:]
+        def cut(token_match: re.Match[str]) -> str:
+            return token_match[0][0] + SPLIT + token_match[0][1:]
 
-        return [replace(m, content=self.special.sub(cut, m.content)) for m in said]
+        return [replace(m, content=self.special.sub(cut, m.content)) for m in message_list]
 
     def _ids(self, text: str) -> list[int]:
         return [i for part in text.split(SPLIT) for i in self.tokenizer(part, add_special_tokens=False)["input_ids"]]
 
-    def _messages(self, place: str, method: str, said: Any) -> list[Message] | None:
-        if said is None or said is True or (isinstance(said, Sequence) and not said):
+    def _messages(self, place: str, method: str, reply: Any) -> list[Message] | None:
+        if reply is None or reply is True or (isinstance(reply, Sequence) and not reply):
             return None
-        read, shown = self._call(place, f"reading what {method} gives", lambda: (_parse_messages(said), str(said)[:60]))
-        if read is None:
-            what = f"{place}: {method} of {self.name} gives {shown!r}"
+        parsed, excerpt = self._call(
+            place, f"reading what {method} gives", lambda: (_parse_messages(reply), str(reply)[:60])
+        )
+        if parsed is None:
+            what = f"{place}: {method} of {self.name} gives {excerpt!r}"
             how = 'give a list of {"role": "user" (or tool, system), "content": TEXT}, or None for nothing more'
             raise RewardError(WHERE, what, how)
-        return list(read)
+        return list(parsed)
 
     def _call(self, place: str, what: str, call: Callable[[], Any]) -> Any:
         try:
             return guarded(call, self.timeout)
         except TookTooLong as error:
-            how = f"{place}: {self.name}: {what} took longer than {self.timeout:g} seconds"
-            raise RewardError(WHERE, how, "fix the environment, or raise rollout.environment_timeout") from error
+            problem = f"{place}: {self.name}: {what} took longer than {self.timeout:g} seconds"
+            raise RewardError(WHERE, problem, "fix the environment, or raise rollout.environment_timeout") from error
         except (Exception, SystemExit) as error:
-            how = f"{place}: {self.name}: {what} failed ({type(error).__name__}: {error})"
-            raise RewardError(WHERE, how, "fix the environment") from error
+            problem = f"{place}: {self.name}: {what} failed ({type(error).__name__}: {error})"
+            raise RewardError(WHERE, problem, "fix the environment") from error
 
 
-def _parse_messages(said: Any) -> list[Message] | None:
+def _parse_messages(reply: Any) -> list[Message] | None:
     """Parse an environment's messages; None if they are something else."""
-    if not isinstance(said, Sequence) or not all(isinstance(m, Mapping) for m in said):
+    if not isinstance(reply, Sequence) or not all(isinstance(m, Mapping) for m in reply):
         return None
-    given = [(m.get("role"), m.get("content")) for m in said]
+    pairs = [(m.get("role"), m.get("content")) for m in reply]
     if not all(
-        role in ROLES and isinstance(text, str) and not re.search("[\ud800-\udfff]", text) for role, text in given
+        role in ROLES and isinstance(text, str) and not re.search("[\ud800-\udfff]", text) for role, text in pairs
     ):
         return None
-    return [Message(*one) for one in given]
+    return [Message(*pair) for pair in pairs]
 
 
 def masked(tree: TokenTree, samples: Sequence[Sample]) -> TokenTree:

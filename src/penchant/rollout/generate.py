@@ -60,10 +60,10 @@ def draw(
         raise ValueError(f"logits (B, V) and uniforms (B,) are wanted, not {logits.shape} and {uniforms.shape}")
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if penalized is not None:
-        how = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
-        tokens, _ = draw(penalized, uniforms, **how)  # type: ignore[arg-type]
-        own = logits if temperature == 0 else logits / min(max(temperature, 1e-8), 1e8)
-        return tokens, torch.log_softmax(own, -1).gather(1, tokens[:, None]).squeeze(1)
+        options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+        tokens, _ = draw(penalized, uniforms, **options)  # type: ignore[arg-type]
+        scaled = logits if temperature == 0 else logits / min(max(temperature, 1e-8), 1e8)
+        return tokens, torch.log_softmax(scaled, -1).gather(1, tokens[:, None]).squeeze(1)
     if temperature == 0:
         logps = torch.log_softmax(logits, dim=-1)
         tokens = logits.argmax(-1)
@@ -73,12 +73,12 @@ def draw(
     top = logits.amax(-1, keepdim=True)
     weights = (logits - top).exp_()  # unnormalized probabilities; the largest is 1
     total = weights.sum(-1)
-    likely, among = weights, total
+    likely, likely_total = weights, total
     if min_p > 0.0:
         likely = weights.masked_fill(weights < min_p, 0.0)  # the largest weight is 1
-        among = likely.sum(-1)
+        likely_total = likely.sum(-1)
     if top_k or top_p < 1.0:
-        tokens = _draw_among_likely(likely, among, uniforms, top_p, top_k)
+        tokens = _draw_among_likely(likely, likely_total, uniforms, top_p, top_k)
     else:
         tokens = _inverse(likely, uniforms)
     chosen = logits.gather(1, tokens[:, None]).squeeze(1)
@@ -93,8 +93,8 @@ def check_logps(logps: Tensor) -> None:
 
 def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first index whose cumulative weight exceeds ``u * total``, never one of zero weight; the last index for NaN."""
-    short = -weights.shape[1] % _BLOCK
-    blocks = (F.pad(weights, (0, short)) if short else weights).view(len(weights), -1, _BLOCK)
+    padding = -weights.shape[1] % _BLOCK
+    blocks = (F.pad(weights, (0, padding)) if padding else weights).view(len(weights), -1, _BLOCK)
     ends = in_fp64(blocks.sum(-1)).cumsum(-1)
     goal = _below(uniforms * ends[:, -1], ends[:, -1])
     block = torch.searchsorted(ends, goal[:, None], right=True).clamp(max=ends.shape[1] - 1)
@@ -102,13 +102,13 @@ def _inverse(weights: Tensor, uniforms: Tensor) -> Tensor:
     goal = goal - starts.gather(1, block).squeeze(1)
     inside = in_fp64(blocks.gather(1, block[..., None].expand(-1, 1, _BLOCK)).squeeze(1)).cumsum(-1)
     goal = _below(goal.clamp(min=0.0), inside[:, -1])
-    at = torch.searchsorted(inside, goal[:, None], right=True)
-    return (block * _BLOCK + at).squeeze(1).clamp(max=weights.shape[1] - 1)
+    offset = torch.searchsorted(inside, goal[:, None], right=True)
+    return (block * _BLOCK + offset).squeeze(1).clamp(max=weights.shape[1] - 1)
 
 
-def _below(goal: Tensor, total: Tensor) -> Tensor:
-    """Clamp `goal` to strictly below the total, which rounding may have reached."""
-    return torch.minimum(goal, total * (1.0 - max(1e-12, torch.finfo(total.dtype).eps)))
+def _below(threshold: Tensor, total: Tensor) -> Tensor:
+    """Clamp `threshold` to strictly below the total, which rounding may have reached."""
+    return torch.minimum(threshold, total * (1.0 - max(1e-12, torch.finfo(total.dtype).eps)))
 
 
 def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -120,8 +120,8 @@ def _draw_among_likely(weights: Tensor, total: Tensor, uniforms: Tensor, top_p: 
         total = ordered.sum(-1)
     elif count < vocabulary and bool((in_fp64(ordered).sum(-1) < top_p * total).any()):
         ordered, index = weights.sort(dim=-1, descending=True)  # a flat distribution needs more tokens
-    before = in_fp64(ordered).cumsum(-1) - ordered
-    ordered = ordered.masked_fill(before >= top_p * total[:, None], 0.0)
+    mass_before = in_fp64(ordered).cumsum(-1) - ordered
+    ordered = ordered.masked_fill(mass_before >= top_p * total[:, None], 0.0)
     ordered[:, 0] = ordered[:, 0].clamp(min=torch.finfo(ordered.dtype).tiny)  # always keep the most likely token
     return index.gather(1, _inverse(ordered, uniforms)[:, None]).squeeze(1)
 
@@ -194,8 +194,8 @@ def penalized(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     Paper: arXiv 1909.05858.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    known = logits.gather(1, seen)
-    return logits.scatter(1, seen, torch.where(known < 0, known * penalty, known / penalty))
+    seen_logits = logits.gather(1, seen)
+    return logits.scatter(1, seen, torch.where(seen_logits < 0, seen_logits * penalty, seen_logits / penalty))
 
 
 class Written:
@@ -219,20 +219,20 @@ class Written:
         rooms = torch.tensor(settings.rooms or [columns] * len(prompts), device=device)
         self._rooms = rooms.repeat_interleave(settings.n)
         self._uniforms = in_fp64(torch.zeros(lines, columns, device=device))
-        self._ends = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
+        self._end_ids = torch.tensor(sorted(settings.ends), dtype=torch.int64, device=device)
         self._prompt_ids: Tensor | None = None  # (prompts, longest) ids, padded with each prompt's first id
         if settings.repetition_penalty != 1.0:
             longest = max(map(len, prompts))
             padded = [[*p, *[p[0]] * (longest - len(p))] for p in prompts]
             self._prompt_ids = torch.tensor(padded, dtype=torch.int64, device=device)
 
-    def _seen(self, lines: Tensor, at: Tensor) -> Tensor | None:
+    def _seen_ids(self, lines: Tensor, positions: Tensor) -> Tensor | None:
         """(B, n) ids in each line's prompt and completion so far."""
         if self._prompt_ids is None:
             return None
-        asked = self._prompt_ids[lines // self.settings.n]
-        there = torch.arange(self.ids.shape[1], device=self.device) < at[:, None]
-        return torch.cat((asked, torch.where(there, self.ids[lines], asked[:, :1])), 1)
+        prompt_ids = self._prompt_ids[lines // self.settings.n]
+        written = torch.arange(self.ids.shape[1], device=self.device) < positions[:, None]
+        return torch.cat((prompt_ids, torch.where(written, self.ids[lines], prompt_ids[:, :1])), 1)
 
     def lines_of(self, prompts: Sequence[int]) -> Tensor:
         """The lines of the completions of these prompts."""
@@ -248,14 +248,14 @@ class Written:
 
     def add(self, lines: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next token of each line from its logits; return the tokens, and which lines continue."""
-        at = self.lengths[lines]
-        tokens, logps = self.settings.draw(logits, self._uniforms[lines, at], self._seen(lines, at))
-        self.ids[lines, at] = tokens
-        self.logps[lines, at] = logps.float()
-        self.lengths[lines] = at + 1
-        ended = torch.isin(tokens, self._ends)
+        positions = self.lengths[lines]
+        tokens, logps = self.settings.draw(logits, self._uniforms[lines, positions], self._seen_ids(lines, positions))
+        self.ids[lines, positions] = tokens
+        self.logps[lines, positions] = logps.float()
+        self.lengths[lines] = positions + 1
+        ended = torch.isin(tokens, self._end_ids)
         self.finished[lines] = ended
-        return tokens, ~ended & (at + 1 < self._rooms[lines])
+        return tokens, ~ended & (positions + 1 < self._rooms[lines])
 
     def samples(self) -> list[list[Sample]]:
         check_logps(self.logps)
@@ -337,9 +337,9 @@ def _decode_pooled(
     n, new_tokens = written.settings.n, written.settings.max_new_tokens
     longest = max(map(len, prompts))
     if rows_at_once is None:
-        words = model.get_input_embeddings().weight
-        a_token = key_value_bytes(model, words.element_size())
-        rows_at_once = rows_by_memory(a_token, words.shape[0], n, longest, new_tokens)
+        embeddings = model.get_input_embeddings().weight
+        token_bytes = key_value_bytes(model, embeddings.element_size())
+        rows_at_once = rows_by_memory(token_bytes, embeddings.shape[0], n, longest, new_tokens)
     at_once = max(1, min(len(prompts), rows_at_once // n))  # prompts that run together
     pools = pools_of(at_once * n, sum(p.nbytes for p in base_model_of(model).parameters()))
     pools = min(pools, at_once)
@@ -348,20 +348,20 @@ def _decode_pooled(
     decoder = FastDecoder(model, rows=rows, groups=groups, prompt_tokens=longest, new_tokens=new_tokens)
     # by length, so that prompts computed together have similar lengths, and pools have similar amounts of work
     in_order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    finished, counting = 0, threading.Lock()
+    finished, lock = 0, threading.Lock()
 
-    def told(more: int) -> None:
+    def report(more: int) -> None:
         nonlocal finished
-        with counting:
+        with lock:
             finished += more
             if progress is not None and more:
                 progress(finished, len(prompts))
 
     def decode(number: int) -> None:
-        own = decoder if number == 0 else decoder.with_room(rows=rows, groups=groups, prompt_tokens=longest, new_tokens=new_tokens)  # fmt: skip
+        pool_decoder = decoder if number == 0 else decoder.with_room(rows=rows, groups=groups, prompt_tokens=longest, new_tokens=new_tokens)  # fmt: skip
         waiting = deque(in_order[number::pools])
         with torch.inference_mode():
-            pool, total, reported = Pool(own, prompts, written), len(waiting), 0
+            pool, total, reported = Pool(pool_decoder, prompts, written), len(waiting), 0
             while waiting or pool.rows:
                 free = min(groups - len(pool.prompts), (rows - pool.rows) // n)
                 # several prompts at once, as computing a single one wastes most of the machine
@@ -370,7 +370,7 @@ def _decode_pooled(
                 if pool.rows:
                     pool.step()
                 done = total - len(waiting) - len(pool.prompts)
-                told(done - reported)
+                report(done - reported)
                 reported = done
 
     list(side_by_side(decode, range(pools), most=pools))
@@ -420,12 +420,12 @@ class Pool:
             self.written.begin(i)
         self.prompts.extend(prompts)
         lines = self.written.lines_of(prompts)
-        tokens, going = self.written.add(lines, logits.repeat_interleave(n, dim=0))
+        tokens, active = self.written.add(lines, logits.repeat_interleave(n, dim=0))
         groups = torch.arange(first, first + len(prompts)).repeat_interleave(n)
         # rows that ended at once are not added; the others have no tokens of their own in the caches yet
-        self.lines = torch.cat((self.lines, lines[going]))
-        self.group_of = torch.cat((self.group_of, groups[going]))
-        self.tokens = torch.cat((self.tokens, tokens[going]))
+        self.lines = torch.cat((self.lines, lines[active]))
+        self.group_of = torch.cat((self.group_of, groups[active]))
+        self.tokens = torch.cat((self.tokens, tokens[active]))
         self._drop_groups()
 
     def step(self) -> None:
@@ -433,21 +433,21 @@ class Pool:
         lengths = torch.tensor([len(self.all_prompts[i]) for i in self.prompts])
         ages = self.written.lengths[self.lines] - 1
         logits = self.decoder.step(self.tokens, self.group_of, ages, lengths)
-        self.tokens, going = self.written.add(self.lines, logits)
-        if not bool(going.all()):
-            self._drop_rows(going)
+        self.tokens, active = self.written.add(self.lines, logits)
+        if not bool(active.all()):
+            self._drop_rows(active)
 
-    def _drop_rows(self, going: Tensor) -> None:
+    def _drop_rows(self, active: Tensor) -> None:
         """Move the last rows into the places of ended rows."""
-        stay = int(going.sum())
-        holes = (~going[:stay]).nonzero().squeeze(1)
-        movers = going[stay:].nonzero().squeeze(1) + stay
+        remaining = int(active.sum())
+        holes = (~active[:remaining]).nonzero().squeeze(1)
+        movers = active[remaining:].nonzero().squeeze(1) + remaining
         oldest = int(self.written.lengths[self.lines].max())
         self.decoder.move_rows(movers.tolist(), holes.tolist(), oldest)
         for name in ("lines", "group_of", "tokens"):
             values = getattr(self, name)
             values[holes] = values[movers]
-            setattr(self, name, values[:stay].clone())
+            setattr(self, name, values[:remaining].clone())
         self._drop_groups()
 
     def _drop_groups(self) -> None:
@@ -455,15 +455,15 @@ class Pool:
         used = torch.bincount(self.group_of, minlength=len(self.prompts)) > 0
         if bool(used.all()):
             return
-        stay = int(used.sum())
-        holes = (~used[:stay]).nonzero().squeeze(1).tolist()
-        movers = (used[stay:].nonzero().squeeze(1) + stay).tolist()
+        remaining = int(used.sum())
+        holes = (~used[:remaining]).nonzero().squeeze(1).tolist()
+        movers = (used[remaining:].nonzero().squeeze(1) + remaining).tolist()
         if movers:
             self.decoder.move_groups(movers, holes, max(len(self.all_prompts[self.prompts[i]]) for i in movers))
         for hole, mover in zip(holes, movers, strict=True):
             self.prompts[hole] = self.prompts[mover]
             self.group_of[self.group_of == mover] = hole
-        del self.prompts[stay:]
+        del self.prompts[remaining:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,24 +478,24 @@ def _decode_in_waves(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Decode prompts of similar length together, or of equal length if the model does not support padding."""
-    way, n, room = _decoder_class(model), written.settings.n, cache_room(written.device)
+    decoder_class, n, room = _decoder_class(model), written.settings.n, cache_room(written.device)
     size = model.get_input_embeddings().weight.element_size()
 
     def fits(count: int, longest: int) -> bool:
-        most = rows_at_once or rows_that_fit(row_bytes(model, size, longest, n, written.settings.max_new_tokens), room)
-        return count * n <= most
+        limit = rows_at_once or rows_that_fit(row_bytes(model, size, longest, n, written.settings.max_new_tokens), room)
+        return count * n <= limit
 
     waiting, done = deque(sorted(range(len(prompts)), key=lambda i: len(prompts[i]))), 0
     while waiting:
-        part = [waiting.popleft()]
-        while waiting and fits(len(part) + 1, longest := len(prompts[waiting[0]])):
-            if not way.pads and longest > len(prompts[part[0]]):
+        wave = [waiting.popleft()]
+        while waiting and fits(len(wave) + 1, longest := len(prompts[waiting[0]])):
+            if not decoder_class.pads and longest > len(prompts[wave[0]]):
                 break
-            part.append(waiting.popleft())
-        for i in part:
+            wave.append(waiting.popleft())
+        for i in wave:
             written.begin(i)
-        _decode_together(way(model), prompts, part, written)
-        done += len(part)
+        _decode_together(decoder_class(model), prompts, wave, written)
+        done += len(wave)
         if progress is not None:
             progress(done, len(prompts))
 
@@ -521,8 +521,8 @@ def key_value_bytes(model: Any, size: int) -> int:
 def passing_bytes(model: Any, size: int) -> int:
     """Bytes that one token takes within a layer in a pass without gradient, from the model's config."""
     width, (heads, kv_heads, head_dim) = size_of(model, "hidden_size"), _heads(model)
-    wide = max((heads + 2 * kv_heads) * head_dim * 2, 3 * (size_of(model, "intermediate_size") or 4 * width))
-    return size * (2 * width + wide)
+    widest = max((heads + 2 * kv_heads) * head_dim * 2, 3 * (size_of(model, "intermediate_size") or 4 * width))
+    return size * (2 * width + widest)
 
 
 def _heads(model: Any) -> tuple[int, int, int]:
@@ -555,13 +555,13 @@ def _decode_together(
     logits = row.first(ids, written.settings.n, pads)
     lines = written.lines_of(part)
     while True:
-        tokens, going = written.add(lines, logits)
-        left = int(going.sum())
-        if not left:
+        tokens, active = written.add(lines, logits)
+        remaining = int(active.sum())
+        if not remaining:
             return
-        if left < len(lines):
-            lines, tokens = lines[going], tokens[going]
-            row.keep(going.nonzero().squeeze(1))
+        if remaining < len(lines):
+            lines, tokens = lines[active], tokens[active]
+            row.keep(active.nonzero().squeeze(1))
         logits = row.step(tokens)
 
 
@@ -580,15 +580,15 @@ class _Cached:
         Args:
             pads: number of padding ids on the left of each prompt.
         """
-        before = torch.tensor(pads, device=ids.device)[:, None]
-        how: dict[str, Any] = {}
+        padding = torch.tensor(pads, device=ids.device)[:, None]
+        options: dict[str, Any] = {}
         if any(pads):
-            places = torch.arange(ids.shape[1], device=ids.device) - before
-            self.mask = (places >= 0).long()
-            how = {"attention_mask": self.mask, "position_ids": places.clamp(min=0)}
+            positions = torch.arange(ids.shape[1], device=ids.device) - padding
+            self.mask = (positions >= 0).long()
+            options = {"attention_mask": self.mask, "position_ids": positions.clamp(min=0)}
             self.mask = self.mask.repeat_interleave(n, dim=0)
-        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **how)
-        self.cache, self.at = out.past_key_values, (ids.shape[1] - before).repeat_interleave(n, dim=0)
+        out = self.model(input_ids=ids, use_cache=True, logits_to_keep=1, **options)
+        self.cache, self.at = out.past_key_values, (ids.shape[1] - padding).repeat_interleave(n, dim=0)
         if n > 1:
             self.cache.batch_repeat_interleave(n)
         return cast(Tensor, out.logits[:, -1].repeat_interleave(n, dim=0))
@@ -601,10 +601,10 @@ class _Cached:
 
     def step(self, tokens: Tensor) -> Tensor:
         """The next-token logits (B, V) after adding one token to each row."""
-        how: dict[str, Any] = {"position_ids": self.at}
+        options: dict[str, Any] = {"position_ids": self.at}
         if self.mask is not None:
-            self.mask = how["attention_mask"] = F.pad(self.mask, (0, 1), value=1)
-        out = self.model(input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True, **how)
+            self.mask = options["attention_mask"] = F.pad(self.mask, (0, 1), value=1)
+        out = self.model(input_ids=tokens[:, None], past_key_values=self.cache, use_cache=True, **options)
         self.at = self.at + 1
         return cast(Tensor, out.logits[:, -1])
 
@@ -641,28 +641,34 @@ class _Recomputed:
 def _decoder_class(model: Any) -> type[_Cached | _Recomputed]:
     """The first decoding method that matches a pass over whole rows; tested once per model on a few tokens."""
     base = base_model_of(model)
-    known: type[_Cached | _Recomputed] | None = getattr(base, "_penchant_way", None)
-    if known is None:
-        rows = model.get_input_embeddings().weight.shape[0]
-        ids = torch.randint(0, rows, (2, 9), generator=torch.Generator().manual_seed(0)).to(place_of(model))
-        known = next((way for way in (_Padded, _Cached) if _matches_full_pass(way(model), ids)), _Recomputed)
-        base._penchant_way = known
-    return known
+    chosen: type[_Cached | _Recomputed] | None = getattr(base, "_penchant_way", None)
+    if chosen is None:
+        vocab = model.get_input_embeddings().weight.shape[0]
+        ids = torch.randint(0, vocab, (2, 9), generator=torch.Generator().manual_seed(0)).to(place_of(model))
+        chosen = next(
+            (candidate for candidate in (_Padded, _Cached) if _matches_full_pass(candidate(model), ids)), _Recomputed
+        )
+        base._penchant_way = chosen
+    return chosen
 
 
 def _matches_full_pass(row: _Cached, ids: Tensor) -> bool:
     """Test with two rows for each of two prompts, one of which is removed on the way."""
     lengths = (5, 3) if row.pads else (5, 5)
     try:
-        asked = torch.stack([F.pad(line[:length], (5 - length, 0)) for line, length in zip(ids, lengths, strict=True)])
-        row.first(asked, 2, [5 - length for length in lengths])
+        prompts = torch.stack(
+            [F.pad(line[:length], (5 - length, 0)) for line, length in zip(ids, lengths, strict=True)]
+        )
+        row.first(prompts, 2, [5 - length for length in lengths])
         row.keep(torch.tensor([0, 2, 3], device=ids.device))
-        whole = row.model(input_ids=ids, **without_cache(row.model)).logits.float()
+        expected = row.model(input_ids=ids, **without_cache(row.model)).logits.float()
         lines = torch.tensor([0, 1, 1], device=ids.device)
-        at = torch.tensor([lengths[0], lengths[1], lengths[1]], device=ids.device)
+        positions = torch.tensor([lengths[0], lengths[1], lengths[1]], device=ids.device)
         steps = range(ids.shape[1] - 5)
-        away = [(row.step(ids[lines, at + i]).float() - whole[lines, at + i]).abs().max() for i in steps]
-        return bool(max(away) <= 2e-2 * whole.abs().max())
+        differences = [
+            (row.step(ids[lines, positions + i]).float() - expected[lines, positions + i]).abs().max() for i in steps
+        ]
+        return bool(max(differences) <= 2e-2 * expected.abs().max())
     except Exception:  # an unknown model without such a cache may raise anything
         return False
 

@@ -62,10 +62,10 @@ class RolloutConfig(Section):
     @model_validator(mode="after")
     def _check_combinations(self) -> RolloutConfig:
         if self.engine == "own":
-            given = [n for n in (*PLACES, "options") if n in self.model_fields_set and getattr(self, n)]
-            given = [n for n in given if getattr(self, n) != type(self).model_fields[n].get_default()]
-            if given:
-                raise ValueError(f"{given[0]} is for engines other than own; set engine: vllm, or leave it out")
+            misplaced = [n for n in (*PLACES, "options") if n in self.model_fields_set and getattr(self, n)]
+            misplaced = [n for n in misplaced if getattr(self, n) != type(self).model_fields[n].get_default()]
+            if misplaced:
+                raise ValueError(f"{misplaced[0]} is for engines other than own; set engine: vllm, or leave it out")
         if self.url is not None and self.options:
             raise ValueError("options are for vLLM in this process; a server has its own, so leave out url or options")
         if self.url is None and self.update == "nccl":
@@ -76,22 +76,22 @@ class RolloutConfig(Section):
         return self
 
     def _idle(self) -> dict[str, str]:
-        found: dict[str, str] = {}
+        idle: dict[str, str] = {}
         if self.environment is None:
-            why = "without environment; set environment, or leave {} out"
-            found |= dict.fromkeys(("turns", "environment_timeout"), why)
+            reason = "without environment; set environment, or leave {} out"
+            idle |= dict.fromkeys(("turns", "environment_timeout"), reason)
         if self.engine == "own":
-            found["tolerance"] = "on the own engine; set engine: vllm, or leave it out"
+            idle["tolerance"] = "on the own engine; set engine: vllm, or leave it out"
         elif self.url is None:
-            found |= dict.fromkeys(("model", "key_env", "timeout"), "without a server; set url, or leave it out")
+            idle |= dict.fromkeys(("model", "key_env", "timeout"), "without a server; set url, or leave it out")
         if self.update == "nccl":
-            found["folder"] = "where update is nccl; set update: file, or leave {} out"
+            idle["folder"] = "where update is nccl; set update: file, or leave {} out"
         if self.correction != "mis":
-            found["correction_low"] = "without correction: mis; set that, or leave {} out"
+            idle["correction_low"] = "without correction: mis; set that, or leave {} out"
         if self.correction == "none":
-            why = "without correction; set correction, or leave {} out"
-            found |= dict.fromkeys(("correction_level", "correction_high"), why)
-        return found
+            reason = "without correction; set correction, or leave {} out"
+            idle |= dict.fromkeys(("correction_level", "correction_high"), reason)
+        return idle
 
     @property
     def elsewhere(self) -> bool:

@@ -45,8 +45,8 @@ SWEEP, PIPELINE = "sweep.json", "pipeline.json"  # in the folder of a sweep or p
 
 def leads_to_model(folder: Path) -> bool:
     """Whether a folder is of a run, checkpoint or adapter: not loadable by transformers itself, but leading to a model."""
-    inside = folder.name.startswith("step-") and (folder / "model").is_dir()
-    return inside or any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, "adapter_config.json"))
+    is_checkpoint = folder.name.startswith("step-") and (folder / "model").is_dir()
+    return is_checkpoint or any((folder / name).exists() for name in (CONFIG, CHECKPOINTS, "adapter_config.json"))
 
 
 def check_run_folder(folder: Path) -> None:
@@ -104,8 +104,8 @@ class RunLock:
                 raise disk_error(self.path, error) from error
             raise self._unlockable() from error
         try:
-            found = os.fstat(handle)
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise self._unlockable()  # writing to it could write to another file
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             write_lock_holder(handle)
@@ -154,10 +154,10 @@ def write_summed(path: Path, content: str | bytes) -> None:
 def _load_sums(folder: Path) -> dict[str, list[str]] | None:
     """The valid SHA-256 sums of files by name; None if the list itself is damaged, empty if there is none."""
     try:
-        found = json.loads((folder / SUMS).read_text(encoding="utf-8"))
-        files: dict[str, list[str]] = found["files"]
-        good = found["sha256"] == _json_sha256(files) and all(isinstance(v, list) for v in files.values())
-        return files if good else None
+        record = json.loads((folder / SUMS).read_text(encoding="utf-8"))
+        files: dict[str, list[str]] = record["files"]
+        valid = record["sha256"] == _json_sha256(files) and all(isinstance(v, list) for v in files.values())
+        return files if valid else None
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -204,13 +204,13 @@ def check_intact(
 def damaged_files(folder: Path) -> list[str]:
     """Names of a run's files that were changed after they were written, as far as known."""
     known = _load_sums(folder)
-    found = [SUMS] if known is None else [name for name in known if not is_intact(folder / name)]
+    damaged = [SUMS] if known is None else [name for name in known if not is_intact(folder / name)]
     state = latest_state(folder)
     if state.get("metrics_sha256") and not prefix_matches(
         folder / METRICS, state.get("metrics_offset"), state["metrics_sha256"]
     ):
-        found.append(METRICS)
-    return sorted(found)
+        damaged.append(METRICS)
+    return sorted(damaged)
 
 
 def damage_notes(folder: Path) -> list[str]:
@@ -238,8 +238,8 @@ def latest_state(folder: Path) -> dict[str, Any]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints of a run, oldest first."""
-    found = [(int(m[1]), p) for p in (folder / CHECKPOINTS).glob("step-*") if (m := re.search(r"step-(\d+)$", p.name))]
-    return [p for _, p in sorted(found)]
+    steps = [(int(m[1]), p) for p in (folder / CHECKPOINTS).glob("step-*") if (m := re.search(r"step-(\d+)$", p.name))]
+    return [p for _, p in sorted(steps)]
 
 
 def checkpoint_state(path: Path) -> dict[str, Any]:
@@ -290,22 +290,24 @@ def open_run(
         current |= json.loads(json.dumps(part()))
         changes = [] if saved is None else identity_changes(saved, current, json.loads(json.dumps(defaults or {})))
         if changes:
-            shown = "".join(f"\n  {line}" for line in changes)
+            lines = "".join(f"\n  {line}" for line in changes)
             put_back = (
                 "put back what has changed, " if all(line.startswith((CONTENT, "data: ")) for line in changes) else ""
             )
-            longer = all(line.startswith("config.train.") for line in changes)
-            last = checkpoints(folder)[-1] / "model" if longer else ""
+            only_training = all(line.startswith("config.train.") for line in changes)
+            last = checkpoints(folder)[-1] / "model" if only_training else ""
             train_on = (
-                f"; to train on from its last checkpoint, set model.path={last} and another output" if longer else ""
+                f"; to train on from its last checkpoint, set model.path={last} and another output"
+                if only_training
+                else ""
             )
-            how = f"{put_back}choose another output, or delete the folder to start over{train_on}. What differs:{shown}"
+            how = f"{put_back}choose another output, or delete the folder to start over{train_on}. What differs:{lines}"
             raise CheckpointError(str(folder), "holds checkpoints of a different run", how)
-    new = [key for key in current if saved is not None and key.startswith(CONTENT) and key not in saved]
-    if new:
-        listed = ", ".join(key.removeprefix(CONTENT) for key in new)
+    unrecorded = [key for key in current if saved is not None and key.startswith(CONTENT) and key not in saved]
+    if unrecorded:
+        names = ", ".join(key.removeprefix(CONTENT) for key in unrecorded)
         notes.append(
-            f"{folder}: an older version made it, which did not record this; it is taken as unchanged: {listed}"
+            f"{folder}: an older version made it, which did not record this; it is taken as unchanged: {names}"
         )
     write_summed(folder / IDENTITY, json.dumps(current, indent=1))
     write_summed(folder / CONFIG, without_passwords(resolved_config))
@@ -318,7 +320,7 @@ def identity_changes(saved: Mapping[str, Any], current: Mapping[str, Any], defau
     not_recorded = {k: v for k, v in current.items() if k.startswith(CONTENT) and k.partition(": ")[0] not in recorded}
     saved = {**not_recorded, **saved}
     on_one_side = {k for k in current.keys() ^ saved.keys() if k.partition(": ")[0].endswith(IN_CACHE)}
-    saved, current = ({k: v for k, v in of.items() if k not in on_one_side} for of in (saved, current))
+    saved, current = ({k: v for k, v in side.items() if k not in on_one_side} for side in (saved, current))
     if TOKENS not in current:
         saved = {key: value for key, value in saved.items() if key != TOKENS}
     rows = (
@@ -326,14 +328,16 @@ def identity_changes(saved: Mapping[str, Any], current: Mapping[str, Any], defau
     )
     names = sorted(k for k in saved.keys() | current.keys() if k.startswith(CONTENT) and saved.get(k) != current.get(k))
     files = [f"{k} {'is new' if k not in saved else 'has changed' if k in current else 'is gone'}" for k in names]
-    old, new = ({k: v for k, v in of.items() if k != "data" and not k.startswith(CONTENT)} for of in (saved, current))
+    old, new = (
+        {k: v for k, v in side.items() if k != "data" and not k.startswith(CONTENT)} for side in (saved, current)
+    )
     return [*differences(old, new, defaults=defaults), *files, *rows]
 
 
 def _data_files(identity: Mapping[str, Any]) -> str:
     data = identity.get("config", {}).get("data", {})
-    named = [p for name in ("path", "eval_path") for p in [data.get(name)] if p]
-    paths = [p for path in named for p in (path.values() if isinstance(path, dict) else [path])]
+    sources = [p for name in ("path", "eval_path") for p in [data.get(name)] if p]
+    paths = [p for path in sources for p in (path.values() if isinstance(path, dict) else [path])]
     return ", ".join(str(p) for path in paths for p in (path if isinstance(path, list) else [path])) or "the run"
 
 

@@ -75,8 +75,8 @@ def flag_list(text: str) -> list[Row]:
 def json_rows(text: str) -> tuple[list[Row], int]:
     """Parse JSONL into its objects and the number of invalid lines. A last line without its end is not counted as invalid."""
     *lines, last = text.split("\n")  # not splitlines: JSON strings may hold U+2028
-    found = [_parse_row(line) for line in lines if line.strip()]
-    return [row for row in (*found, _parse_row(last)) if row is not None], found.count(None)
+    rows = [_parse_row(line) for line in lines if line.strip()]
+    return [row for row in (*rows, _parse_row(last)) if row is not None], rows.count(None)
 
 
 def _parse_row(line: str) -> Row | None:
@@ -107,8 +107,8 @@ def _file_property(name: str, parse: Callable[[str], T], empty: T, *, summed: bo
 
     def value(folder: Folder) -> T:
         try:
-            whole = not summed or is_intact(folder.path / name)
-            return parse(read_text(folder.path / name)) if whole else empty
+            intact = not summed or is_intact(folder.path / name)
+            return parse(read_text(folder.path / name)) if intact else empty
         except (ValueError, RecursionError):
             return empty
 
@@ -146,16 +146,16 @@ class Folder:
         self.unreadable: dict[str, int] = {}  # number of invalid lines by file name
 
     def rows(self, name: str) -> list[Row]:
-        found, self.unreadable[name] = read_lines(self.path / name)
-        return found
+        rows, self.unreadable[name] = read_lines(self.path / name)
+        return rows
 
     @cached_property
     def evaluations(self) -> list[Row]:
         """The lines of evaluations.jsonl that are unchanged since they were written."""
         lines = self.rows(EVALUATIONS)
-        whole = [line for line in lines if line.pop(LINE_SUM, None) in (None, line_sha256(line))]
-        self.unreadable[EVALUATIONS] += len(lines) - len(whole)
-        return whole
+        intact = [line for line in lines if line.pop(LINE_SUM, None) in (None, line_sha256(line))]
+        self.unreadable[EVALUATIONS] += len(lines) - len(intact)
+        return intact
 
     @cached_property
     def comparison_rows(self) -> list[Row]:
@@ -194,8 +194,8 @@ class Tail:
     """
 
     def __init__(self, path: Path, last: int | None = None) -> None:
-        self.path, self._last = path, last
-        self._seen: tuple[int, int, int] | None = None
+        self.path, self._tail_bytes = path, last
+        self._stat: tuple[int, int, int] | None = None
         self._reset()
 
     def read(self) -> tuple[bool, list[Row]]:
@@ -204,12 +204,12 @@ class Tail:
             with self.path.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-                if seen == self._seen:
+                if seen == self._stat:
                     return False, []
                 restarted = self._offset > 0 and not self._is_same_file(file, stat.st_ino)
                 if restarted:
                     self._reset()
-                self._seen = seen
+                self._stat = seen
                 return restarted, self._read_new_rows(file)
         except OSError:  # does not exist yet, or no longer
             restarted = self._offset > 0
@@ -217,29 +217,33 @@ class Tail:
             return restarted, []
 
     def _reset(self) -> None:
-        self._offset, self._mark, self._seen = 0, b"", None
+        self._offset, self._mark, self._stat = 0, b"", None
         self.unreadable = 0  # number of lines that are not a JSON object
 
     def _is_same_file(self, file: Any, inode: int) -> bool:
-        if self._seen is None or inode != self._seen[0]:
+        if self._stat is None or inode != self._stat[0]:
             return False
         file.seek(self._offset - len(self._mark))
         return bool(file.read(len(self._mark)) == self._mark)
 
     def _read_new_rows(self, file: Any) -> list[Row]:
         rows: list[Row] = []
-        if not self._offset and self._last is not None and (size := os.fstat(file.fileno()).st_size) > self._last:
-            file.seek(size - self._last)
-            self._offset = size - self._last + len(file.readline())  # skip the partial line at that offset
+        if (
+            not self._offset
+            and self._tail_bytes is not None
+            and (size := os.fstat(file.fileno()).st_size) > self._tail_bytes
+        ):
+            file.seek(size - self._tail_bytes)
+            self._offset = size - self._tail_bytes + len(file.readline())  # skip the partial line at that offset
         file.seek(self._offset)
         rest = b""
         while chunk := file.read(CHUNK):
-            whole, end, rest = (rest + chunk).rpartition(b"\n")
-            self._offset += len(whole + end)
-            self._mark = (self._mark + whole + end)[-MARK:]
-            found, bad = json_rows((whole + end).decode(errors="replace"))
-            rows += found
-            self.unreadable += bad
+            complete, end, rest = (rest + chunk).rpartition(b"\n")
+            self._offset += len(complete + end)
+            self._mark = (self._mark + complete + end)[-MARK:]
+            new_rows, invalid = json_rows((complete + end).decode(errors="replace"))
+            rows += new_rows
+            self.unreadable += invalid
         return rows
 
 
@@ -253,14 +257,14 @@ class CachedFile(Generic[T]):
     def __init__(self, path: Path, parse: Callable[[str], T], empty: T) -> None:
         self.path = path
         self._value, self._parse = empty, parse
-        self._seen: tuple[int, int, int] | None = None
+        self._stat: tuple[int, int, int] | None = None
 
     def read(self) -> T:
         try:
             stat = self.path.stat()
             seen = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-            if seen != self._seen and stat.st_size <= LARGEST:
-                self._seen = seen
+            if seen != self._stat and stat.st_size <= LARGEST:
+                self._stat = seen
                 self._value = self._parse(self.path.read_text(encoding="utf-8", errors="replace"))
         except (OSError, ValueError, RecursionError):
             pass
@@ -303,14 +307,14 @@ LockState = Literal["held", "free", "elsewhere"]
 
 def lock_holder(folder: Path) -> tuple[int, str] | None:
     """(PID, machine) that last held the folder, from its lock file; None if unknown."""
-    found = re.match(r"PID (\d{1,20}) on (.*)", read_text(folder / LOCK))
-    return None if found is None else (int(found[1]), found[2].strip())
+    match = re.match(r"PID (\d{1,20}) on (.*)", read_text(folder / LOCK))
+    return None if match is None else (int(match[1]), match[2].strip())
 
 
 def may_be_running(folder: Path) -> bool:
     """Whether the process that last held a folder may still exist; False only if it is known to be gone."""
-    found = lock_holder(folder)
-    return found is None or found[1] != socket.gethostname() or _process_exists(found[0])
+    holder = lock_holder(folder)
+    return holder is None or holder[1] != socket.gethostname() or _process_exists(holder[0])
 
 
 def lock_state(folder: Path, locks: Path = LOCKS) -> LockState:
@@ -319,20 +323,20 @@ def lock_state(folder: Path, locks: Path = LOCKS) -> LockState:
     A process leaves its PID in the file when it ends, and the system may reuse that PID. Therefore the system's list of locks must
     include the file too, if there is such a list.
     """
-    found = lock_holder(folder)
-    if found is None:
+    holder = lock_holder(folder)
+    if holder is None:
         return "free"
-    if found[1] != socket.gethostname():
+    if holder[1] != socket.gethostname():
         return "elsewhere"
-    if not _process_exists(found[0]):
+    if not _process_exists(holder[0]):
         return "free"
     try:
         inode = (folder / LOCK).stat().st_ino
-        listed = [line.split() for line in locks.read_text().splitlines()]
+        entries = [line.split() for line in locks.read_text().splitlines()]
     except OSError:
         return "held"  # no such list on this system: all we know is that the process exists
-    ours = any(str(found[0]) in words and any(w.endswith(f":{inode}") for w in words) for words in listed)
-    return "held" if ours else "free"
+    locked = any(str(holder[0]) in words and any(w.endswith(f":{inode}") for w in words) for words in entries)
+    return "held" if locked else "free"
 
 
 def _process_exists(pid: int) -> bool:

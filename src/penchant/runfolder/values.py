@@ -32,24 +32,24 @@ def sample_size(row: Any, key: str) -> int | None:
     """Number of rows, prompts or completions behind a figure of a metrics line; None if the line does not say."""
     name = key.removeprefix("eval/")
     sampled = name.startswith(("kl/", "completions/", "reward", "win_rate")) and not name.startswith("rewards/")
-    of_set = f"eval/{name.partition('/')[0]}/rows"  # if there are several held-out sets
-    keys = (f"{key}/n", of_set, *(["eval/kl/completions"] if sampled else []), "eval/rows")
-    found = next((n for k in keys if (n := num(row, k)) is not None), None)
-    return None if found is None else int(found)
+    rows_key = f"eval/{name.partition('/')[0]}/rows"  # if there are several held-out sets
+    keys = (f"{key}/n", rows_key, *(["eval/kl/completions"] if sampled else []), "eval/rows")
+    size = next((n for k in keys if (n := num(row, k)) is not None), None)
+    return None if size is None else int(size)
 
 
 def ci_of(row: Any, key: str) -> tuple[float, float] | None:
     """The interval ``KEY/ci`` of a metrics line for display; None if it is missing, has no width, or is over fewer than `FEW_ROWS`."""
-    found = interval_of(row, key)
-    few = (sample_size(row, key) or FEW_ROWS) < FEW_ROWS
-    return None if found is None or few or found[0] == found[1] else found
+    interval = interval_of(row, key)
+    too_few = (sample_size(row, key) or FEW_ROWS) < FEW_ROWS
+    return None if interval is None or too_few or interval[0] == interval[1] else interval
 
 
-def format_interval(interval: tuple[float, float] | None, form: str) -> str:
+def format_interval(interval: tuple[float, float] | None, format_spec: str) -> str:
     """``[low, high]``; empty if there is no interval or rounding leaves it without a width."""
     if interval is None:
         return ""
-    low, high = (f"{end:{form}}" for end in interval)
+    low, high = (f"{end:{format_spec}}" for end in interval)
     return "" if low.lstrip("-") == high.lstrip("-") else f"[{low}, {high}]"
 
 
@@ -103,16 +103,16 @@ def flatten(value: Any, prefix: str = "", depth: int = 0) -> dict[str, Any]:
         return {prefix: value} if prefix else {}
     if not value and prefix:
         return {prefix: {}}
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= flatten(inner, f"{prefix}.{key}" if prefix else str(key), depth + 1)
-    return found
+        leaves |= flatten(inner, f"{prefix}.{key}" if prefix else str(key), depth + 1)
+    return leaves
 
 
 def algorithm_of(config: Mapping[str, Any]) -> str:
     """The algorithm named in a run's config; empty for losses on given answers."""
-    found = config.get("algorithm")
-    return text(found.get("name") if isinstance(found, Mapping) else found)
+    algorithm = config.get("algorithm")
+    return text(algorithm.get("name") if isinstance(algorithm, Mapping) else algorithm)
 
 
 def is_online(config: Mapping[str, Any]) -> bool:

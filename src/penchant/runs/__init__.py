@@ -70,7 +70,7 @@ from penchant.runs.parts import (
 )
 from penchant.runs.record import has_samples, join_samples, versions, write_manifest, write_samples
 from penchant.runs.rows import Rows, within_context
-from penchant.runs.sharing import Alone
+from penchant.runs.sharing import Uncached
 from penchant.track import Mirrors, check_installed
 from penchant.training.callbacks import Callbacks
 from penchant.training.checkpoint import find_checkpoint, latest_checkpoint, load_checkpoint
@@ -132,7 +132,7 @@ class Run:
         shared: caches what other runs of this process can reuse; does not affect any metric.
         pause_at: an optimizer step at which training pauses, see `Loop`; a later call continues from there.
         console: for progress, instead of the terminal; tokenizer, rows: used instead of those of the config.
-        look: called before the first model is loaded; returns a sentence if the run may not fit, see `penchant.plan.memory_warning`.
+        check_memory: called before the first model is loaded; returns a sentence if the run may not fit, see `penchant.plan.memory_warning`.
         checkpointing: decides `train.gradient_checkpointing: auto`, see `penchant.plan.checkpointing`.
         cache: False recomputes a cached reference and leaves its files alone.
         callbacks: notified during training, see `penchant.training.callbacks`.
@@ -145,13 +145,13 @@ class Run:
         config: RunConfig,
         *,
         quiet: bool = False,
-        shared: Alone | None = None,
+        shared: Uncached | None = None,
         pause_at: int | None = None,
         console: Any = None,
         tokenizer: Any = None,
         rows: Rows | None = None,
         cache: bool = True,
-        look: Callable[[Run], str | None] | None = None,
+        check_memory: Callable[[Run], str | None] | None = None,
         checkpointing: Callable[[Run], tuple[bool, str]] | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
@@ -161,10 +161,10 @@ class Run:
         self.config = config = within_context(config, self.console.note)
         self.method = config.method
         self.folder = Path(config.output)
-        self.shared = Alone() if shared is None else shared
+        self.shared = Uncached() if shared is None else shared
         self.device, self.dtype = placed(config)
         self.rows = Rows(config, self.shared, self.console, tokenizer) if rows is None else rows
-        self.pause_at, self.cache, self.look = pause_at, cache, look
+        self.pause_at, self.cache, self.check_memory = pause_at, cache, check_memory
         self.checkpointing = checkpointing
         self.callbacks = Callbacks(callbacks)
         self._is_open = False
@@ -179,18 +179,25 @@ class Run:
     @property
     def schedule(self) -> BatchSchedule:
         """Which rows each optimizer step trains on; needs the data, but no model."""
-        t, rows = self.config.train, len(self.rows.trees[0])
-        order = t.epochs, t.max_steps, t.seed, t.shuffle, self.method.updates, self.rows.shares
-        return BatchSchedule(rows, t.batch_size, *order)
+        t, row_count = self.config.train, len(self.rows.trees[0])
+        settings = t.epochs, t.max_steps, t.seed, t.shuffle, self.method.updates, self.rows.shares
+        return BatchSchedule(row_count, t.batch_size, *settings)
 
     @cached_property
     def held_out(self) -> HeldOut:
         """The evaluation on the held-out set."""
-        fresh = None
+        sampler = None
         if self.rows.trees[1] and writes_completions(self.config, self.rows):
-            fresh = completion_prompts(self.config, self.rows, self.device)
+            sampler = completion_prompts(self.config, self.rows, self.device)
         return HeldOut(
-            self.config, self.rows, self.built, self.folder, self.shared, self.console, self.schedule.total_steps, fresh
+            self.config,
+            self.rows,
+            self.built,
+            self.folder,
+            self.shared,
+            self.console,
+            self.schedule.total_steps,
+            sampler,
         )
 
     # ---- train ------------------------------------------------------------------------------------------------------
@@ -229,23 +236,23 @@ class Run:
         self._set_template_options(world.share(self.config.data.template_options))
         with world.together():
             _ = rows.trees, rows.mismatched
-        known: dict[str, Any] | None
-        known, is_new = world.share((None, True))
-        loop = self.make_loop(known)
-        self._check_start(known)
+        manifest: dict[str, Any] | None
+        manifest, is_new = world.share((None, True))
+        loop = self.make_loop(manifest)
+        self._check_start(manifest)
         self._samples("before", is_new)
         world.agree(patient=True)
         loop.run()
         self._samples("after", True)
-        folder = self.folder / CHECKPOINTS / f"step-{loop.state.step}" / "model"
-        return TrainResult(self.folder, folder, loop.state.step, {}, {}, loop.state.best_step)
+        model_path = self.folder / CHECKPOINTS / f"step-{loop.state.step}" / "model"
+        return TrainResult(self.folder, model_path, loop.state.step, {}, {}, loop.state.best_step)
 
     def _train_as_leader(self) -> TrainResult:
         from penchant.report import LiveReport
 
         started, began = time.time(), time.monotonic()
         check_run_folder(self.folder)
-        live = LiveReport(self.folder, self.console.note)
+        report = LiveReport(self.folder, self.console.note)
         check_installed(self.config.logging.trackers)
         if not leads_to_model(Path(self.config.model.path)):
             check_model_path(self.config.model.path)  # before the rows are read
@@ -256,39 +263,41 @@ class Run:
         if self.config.rollout.environment is not None:
             find_environment(self.config.rollout.environment)
         self._set_template_date()
-        contents, rows = content_hashes(self.config), self.rows
+        hashes, rows = content_hashes(self.config), self.rows
         if self.config.data.sources:
-            contents |= {f"{CONTENT}source {name}": d.fingerprint for name, d in rows.datasets_by_source.items()}
-        identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], contents)
+            hashes |= {f"{CONTENT}source {name}": d.fingerprint for name, d in rows.datasets_by_source.items()}
+        identity = run_identity(self.config, [d.fingerprint for d in rows.datasets if d is not None], hashes)
 
-        def tokens() -> dict[str, Any]:
+        def identity_with_tokens() -> dict[str, Any]:
             identity[TOKENS] = trees_sha256(rows)
             return identity
 
         with RunLock(self.folder), writing(self.folder):
-            for note in open_run(self.folder, dump_config(self.config), identity, self._defaults(), tokens):
+            for note in open_run(
+                self.folder, dump_config(self.config), identity, self._defaults(), identity_with_tokens
+            ):
                 self.console.note(note)
             self._write_rows()
             self._choose_checkpointing()
             self._check_fit()
             self._release_ranks()
             is_new = latest_checkpoint(self.folder)[0] is None
-            for start in (self.folder / START_FILE, self.folder / START_LOSSES):
+            for start_file in (self.folder / START_FILE, self.folder / START_LOSSES):
                 if is_new:  # left over from an earlier start
-                    start.unlink(missing_ok=True)
-                elif not is_intact(start):
-                    self.console.note(f"{start}: was changed after it was written, so it is left out")
+                    start_file.unlink(missing_ok=True)
+                elif not is_intact(start_file):
+                    self.console.note(f"{start_file}: was changed after it was written, so it is left out")
             for remark in remarks(self.config, rows):
                 self.console.note(remark)
-            known = None if is_new else self._load_manifest()
-            self.world.share((known, is_new))
-            loop = self.make_loop(known)
+            manifest = None if is_new else self._load_manifest()
+            self.world.share((manifest, is_new))
+            loop = self.make_loop(manifest)
             loop.identity = identity
             mirrors = Mirrors(self.folder, self.config.logging, self.config.model_dump(mode="json"), self.console.note)
-            loop.on_progress = _progress_handler(live.on_event, mirrors, is_new)
-            self._check_start(known)
-            manifest = self._manifest_writer(loop, started, began, known)
-            manifest("running", None)
+            loop.on_progress = _progress_handler(report.on_event, mirrors, is_new)
+            self._check_start(manifest)
+            save_manifest = self._manifest_writer(loop, started, began, manifest)
+            save_manifest("running", None)
             before = self._samples("before", is_new)
             with self.world.leading():
                 self._check_space()
@@ -298,23 +307,23 @@ class Run:
                 after = self._samples("after", True)
                 with self._optional_write(SAMPLES):
                     join_samples(self.folder / SAMPLES, before, after)
-                manifest("finished", None)
+                save_manifest("finished", None)
             except BaseException as error:
                 status, why = _end_status(error)
                 with suppress(OSError):  # perhaps the same full disk; an existing manifest stays intact
-                    manifest(status, why)
+                    save_manifest(status, why)
                 flags = write_flags(self.folder, self.console.note)
-                live.now()
+                report.now()
                 mirrors.finish(status, nan_to_none(loop.state.last_eval))
                 if not (loop.stop and isinstance(error, Paused)):
                     raise
                 self.console.note(f"stopped by a callback: {error.what}")
             else:
                 flags = write_flags(self.folder, self.console.note)
-                live.now()
+                report.now()
                 mirrors.finish("finished", nan_to_none(loop.state.last_eval))
-        if live.path.is_file():
-            self.console.note(f"report: {live.path}")
+        if report.path.is_file():
+            self.console.note(f"report: {report.path}")
         evals = [line for line in read_folder(self.folder).metrics if line["kind"] == "eval"]
         result = TrainResult(
             folder=self.folder,
@@ -331,16 +340,16 @@ class Run:
 
     def _set_template_date(self) -> None:
         """Give a chat template that inserts today's date the day of the run's first start, also when resuming."""
-        data, (known, _) = self.config.data, load_identity(self.folder)
+        data, (identity, _) = self.config.data, load_identity(self.folder)
         if DATE in data.template_options:
             return
-        day = mapping(mapping(mapping(mapping(known).get("config")).get("data")).get("template_options")).get(DATE)
-        if known is None or (day is None and TOKENS not in known):
-            judges = [r.terms for r in (self.config.reward, self.config.evaluation.reward) if r is not None]
-            chat = uses_chat(data.template, self.rows.tokenizer) and writes_date(self.rows.tokenizer)
-            if chat or any(reward_writes_date(name) for terms in judges for name in terms):
+        day = mapping(mapping(mapping(mapping(identity).get("config")).get("data")).get("template_options")).get(DATE)
+        if identity is None or (day is None and TOKENS not in identity):
+            rewards = [r.terms for r in (self.config.reward, self.config.evaluation.reward) if r is not None]
+            has_date = uses_chat(data.template, self.rows.tokenizer) and writes_date(self.rows.tokenizer)
+            if has_date or any(reward_writes_date(name) for reward_terms in rewards for name in reward_terms):
                 day = self._sweep_date() or date.today().isoformat()
-                if known is not None:
+                if identity is not None:
                     self.console.note(
                         f"{self.folder}: the day of its prompts was not kept; they have {day} from now on"
                     )
@@ -357,21 +366,21 @@ class Run:
         """The date in the prompts of this sweep's other runs, which it is compared with; None if there is none."""
         if not (self.folder.parent / SWEEP).is_file():
             return None
-        others = (read_folder(p.parent).identity for p in sorted(self.folder.parent.glob(f"*/{IDENTITY}")))
+        identities = (read_folder(p.parent).identity for p in sorted(self.folder.parent.glob(f"*/{IDENTITY}")))
         days = (
             mapping(mapping(mapping(mapping(o).get("config")).get("data")).get("template_options")).get(DATE)
-            for o in others
+            for o in identities
         )
         return min((str(day) for day in days if day), default=None)
 
     def _defaults(self) -> dict[str, Any]:
         """Values of the settings that an older version's run folder does not record."""
-        found = default_settings()
+        defaults = default_settings()
         if self.config.algorithm is not None:
             fields = type(self.config.algorithm).model_fields.items()
-            found["algorithm"] = {n: i.get_default() for n, i in fields if not i.is_required()}
-        found["data"]["template_options"] = {k: v for k, v in self.config.data.template_options.items() if k == DATE}
-        return {"config": found}
+            defaults["algorithm"] = {n: i.get_default() for n, i in fields if not i.is_required()}
+        defaults["data"]["template_options"] = {k: v for k, v in self.config.data.template_options.items() if k == DATE}
+        return {"config": defaults}
 
     def _optional_write(self, name: str) -> AbstractContextManager[None]:
         """Write a file that the run can do without: a failure is only noted."""
@@ -391,80 +400,81 @@ class Run:
         audit = rows.audit().to_json()
         with self._optional_write(AUDIT):
             write_summed(self.folder / AUDIT, json.dumps(audit, indent=1))
-        if said := summary(run_flags((), self.config.model_dump(mode="json"), audit, trust=self.config.trust)):
-            self.console.note(said)
+        if warning := summary(run_flags((), self.config.model_dump(mode="json"), audit, trust=self.config.trust)):
+            self.console.note(warning)
 
     def _choose_checkpointing(self) -> None:
         """Resolve `gradient_checkpointing: auto`; a resumed run keeps its first choice."""
         if self.config.train.gradient_checkpointing != "auto":
             return
-        known = mapping(read_folder(self.folder).manifest).get("gradient_checkpointing")
-        if latest_checkpoint(self.folder)[0] is not None and known in ("off", "layers"):
-            checkpointing, why = known == "layers", "as the run began"
+        previous = mapping(read_folder(self.folder).manifest).get("gradient_checkpointing")
+        if latest_checkpoint(self.folder)[0] is not None and previous in ("off", "layers"):
+            checkpointing, reason = previous == "layers", "as the run began"
         else:
             try:
-                checkpointing, why = (
+                checkpointing, reason = (
                     (False, "not estimated") if self.checkpointing is None else self.checkpointing(self)
                 )
             except Exception:  # the estimate failed
-                checkpointing, why = True, "what the run needs cannot be counted"
-        self.console.note(f"gradient checkpointing: {'layers' if checkpointing else 'off'} ({why})")
+                checkpointing, reason = True, "its memory could not be estimated"
+        self.console.note(f"gradient checkpointing: {'layers' if checkpointing else 'off'} ({reason})")
         train = self.config.train.model_copy(update={"gradient_checkpointing": checkpointing})
         self.config = self.rows.config = self.config.model_copy(update={"train": train})
 
     def _check_fit(self) -> None:
-        """Note it if the run may not fit. A failed estimate never stops the run."""
-        if self.look is None or self.world.many or self.config.model.sees:  # it covers one process, and text only
+        """Write a note if the run may not fit. A failed estimate never stops the run."""
+        if (
+            self.check_memory is None or self.world.many or self.config.model.sees
+        ):  # it covers one process, and text only
             return
         try:
-            warning = self.look(self)
+            warning = self.check_memory(self)
         except Exception:  # the estimate failed; the run itself will either train or report why
             warning = None
         if warning:
             self.console.note(warning)
 
     def _check_space(self) -> None:
-        """Note before the first step if the disk has no room for all checkpoints.
+        """Write a note before the first step if the disk has no room for all checkpoints.
 
         Raises:
             DiskError: there is no room for a single one.
         """
         keep_last, free = self.config.checkpoint.keep_last, free_bytes(self.folder)
         size = checkpoint_bytes(self.config, self.built.parts.model, self.dtype)
-        missing = keep_last + self.config.checkpoint.keep_best + 1 - len(checkpoints(self.folder))
-        if free is None or free >= size * missing:
+        remaining = keep_last + self.config.checkpoint.keep_best + 1 - len(checkpoints(self.folder))
+        if free is None or free >= size * remaining:
             return
-        needed = f"a checkpoint takes about {gigabytes(size)}"
+        requirement = f"a checkpoint takes about {gigabytes(size)}"
         if free < size:
             how = "free some space, or choose another output, then run the same command again"
-            raise DiskError(str(self.folder), f"{needed} and its disk has {gigabytes(free)} free", how)
+            raise DiskError(str(self.folder), f"{requirement} and its disk has {gigabytes(free)} free", how)
         self.console.note(
-            f"{self.folder}: {needed}, up to {missing} more are kept at a time, and its disk has {gigabytes(free)} free; "
+            f"{self.folder}: {requirement}, up to {remaining} more are kept at a time, and its disk has {gigabytes(free)} free; "
             "see checkpoint.keep_last and checkpoint.every"
         )
 
-    def make_loop(self, known: Mapping[str, Any] | None = None) -> Loop:
+    def make_loop(self, old_manifest: Mapping[str, Any] | None = None) -> Loop:
         """Create the run's training loop; nothing is written until it runs.
 
         Args:
-            known: manifest.json of the run being resumed; its learning rate is kept even if auto has changed since.
+            old_manifest: manifest.json of the run being resumed; its learning rate is kept even if auto has changed since.
         """
         cfg, rows = self.config, self.rows
-        held_out = (
-            self.held_out if rows.trees[1] else None
-        )  # a judge that cannot be loaded fails before any work is done
+        # a judge that cannot be loaded fails before any work is done
+        held_out = self.held_out if rows.trees[1] else None
         built = self.built
         model = built.parts.model
-        check, reference = None, built.parts.reference
+        tolerance, reference = None, built.parts.reference
         same_start = cfg.reference.path is None and cfg.model.init == "pretrained"
         if cfg.model.adapter is not None and cfg.lora is not None and cfg.lora.dropout:
             same_start = False  # a new adapter adds zero despite dropout; a trained one does not
         if reference is not None and same_start and self.method.rollouts is None:
             # nats per completion and per token: a cache may be packed differently, and rounding errors add up over tokens
-            rounding = {torch.bfloat16: (1.0, 0.05), torch.float32: (1e-3, 1e-4), torch.float64: (1e-9, 1e-10)}
+            tolerances = {torch.bfloat16: (1.0, 0.05), torch.float32: (1e-3, 1e-4), torch.float64: (1e-9, 1e-10)}
             # a compiler may fuse passes with a gradient in another way than those without
-            exact = reference.exact and cfg.model.kernels != "compile"
-            check = (0.0, 0.0) if exact else rounding[self.dtype]
+            is_exact = reference.exact and cfg.model.kernels != "compile"
+            tolerance = (0.0, 0.0) if is_exact else tolerances[self.dtype]
         return Loop(
             model=model,
             algorithm=built.algorithm,
@@ -474,14 +484,14 @@ class Run:
             shared=built.parts.engine.shared,
             folder=self.folder,
             train=cfg.train,
-            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters()), known),
+            peak_lr=peak_lr(cfg, rows, sum(p.numel() for p in model.parameters()), old_manifest),
             evaluation=cfg.evaluation,
             checkpoint=cfg.checkpoint,
             logging=cfg.logging,
             write_model=partial(model_writer, built, rows),
             console=self.console,
             evaluate=None if held_out is None else self._evaluate_in_training,
-            start_tolerance=check,
+            start_tolerance=tolerance,
             router=built.router,
             updates=self.method.updates,
             pause_at=self.pause_at,
@@ -514,8 +524,8 @@ class Run:
             built.optimizer.load_state_tensors(tensors)
             built.algorithm.load_state_tensors(algorithm_state(tensors))
         built.parts.model.eval()
-        at = 0 if path is None else int(path.name.removeprefix("step-"))
-        metrics = {"checkpoint": path.name if path else "start", **held_out.at(at)}
+        steps = 0 if path is None else int(path.name.removeprefix("step-"))
+        metrics = {"checkpoint": path.name if path else "start", **held_out.at(steps)}
         return metrics | ({"tables": held_out.tables} if held_out.tables else {})
 
     # ---- record -----------------------------------------------------------------------------------------------------
@@ -534,30 +544,30 @@ class Run:
 
     def _stored_samples(self, path: Path) -> list[dict[str, Any]] | None:
         """The stored completions from before training; None, with a note, if they have to be generated again."""
-        found = read_folder(self.folder)
-        rows = found.samples_before
-        whole = is_intact(path) and path.exists() and not found.unreadable.get(path.name)
-        if whole and all("prompt" in row and "completion" in row for row in rows):
+        run_folder = read_folder(self.folder)
+        rows = run_folder.samples_before
+        is_readable = is_intact(path) and path.exists() and not run_folder.unreadable.get(path.name)
+        if is_readable and all("prompt" in row and "completion" in row for row in rows):
             return rows
         self.console.note(f"{path}: is missing or was modified; writing it again")
         return None
 
-    def _check_start(self, known: Mapping[str, Any] | None) -> None:
+    def _check_start(self, old_manifest: Mapping[str, Any] | None) -> None:
         """Refuse to resume if the starting weights are not those that the checkpoints were trained from.
 
         Args:
-            known: the run's manifest.json, or None to skip the check.
+            old_manifest: the run's manifest.json, or None to skip the check.
 
         Raises:
             CheckpointError: the weights at model.path have changed. Not checked with another torch version or dtype.
         """
         is_random = self.method.learns_reward or self.config.model.init == "random"  # weights vary by processor
-        if is_random or known is None:
+        if is_random or old_manifest is None:
             return
         dtype = str(self.dtype).removeprefix("torch.")
-        if (known["hardware"]["dtype"], known.get("torch")) != (dtype, versions()["torch"]):
+        if (old_manifest["hardware"]["dtype"], old_manifest.get("torch")) != (dtype, versions()["torch"]):
             return
-        if self.built.start_sha256(self.shared) != known["model"]["sha256"]:
+        if self.built.start_sha256(self.shared) != old_manifest["model"]["sha256"]:
             what = f"its weights are not those that {self.folder} was trained from"
             raise CheckpointError(self.config.model.path, what, "put them back, or choose another output")
 
@@ -566,11 +576,11 @@ class Run:
         path = self.folder / MANIFEST
         if not path.exists():
             return None
-        known = read_folder(self.folder).manifest
+        manifest = read_folder(self.folder).manifest
         try:
-            _ = known["model"]["sha256"], known["hardware"]["dtype"]
+            _ = manifest["model"]["sha256"], manifest["hardware"]["dtype"]
             if is_intact(path):
-                return known
+                return manifest
         except (KeyError, TypeError):
             pass
         self.console.note(
@@ -580,21 +590,21 @@ class Run:
         return None
 
     def _manifest_writer(
-        self, loop: Loop, started: float, began: float, known: Mapping[str, Any] | None
+        self, loop: Loop, started: float, started_monotonic: float, old_manifest: Mapping[str, Any] | None
     ) -> Callable[[str, str | None], None]:
-        """A function that writes manifest.json; the starting weights are hashed now, or their hash is taken from `known`.
+        """A function that writes manifest.json; the starting weights are hashed now, or their hash is taken from `old_manifest`.
 
         Args:
-            started: seconds since the epoch; began: the same moment on the monotonic clock, which is never adjusted.
+            started: seconds since the epoch; started_monotonic: the same moment on the monotonic clock, which is never adjusted.
         """
         path, built = self.folder / MANIFEST, self.built
-        sha256 = built.start_sha256(self.shared) if known is None else known["model"]["sha256"]
+        sha256 = built.start_sha256(self.shared) if old_manifest is None else old_manifest["model"]["sha256"]
 
-        earlier = max(0.0, number_of((known or {}).get("seconds")) or 0.0)
+        earlier_seconds = max(0.0, number_of((old_manifest or {}).get("seconds")) or 0.0)
 
         def write(status: str, why: str | None) -> None:
             steps = loop.state.step, loop.schedule.total_steps
-            seconds = earlier + time.monotonic() - began
+            seconds = earlier_seconds + time.monotonic() - started_monotonic
             write_manifest(path, self.rows, built, sha256, started, seconds, steps, status, why, loop.peak_lr)
 
         return write

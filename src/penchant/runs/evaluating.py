@@ -37,7 +37,7 @@ from penchant.runfolder import is_intact, write_summed
 from penchant.runs.identity import reward_contents
 from penchant.runs.parts import Built, frozen_scorer, start_key
 from penchant.runs.rows import Rows
-from penchant.runs.sharing import Alone
+from penchant.runs.sharing import Uncached
 from penchant.types import Algorithm, Scored, TokenTree
 
 START_LOSSES = "start.losses.json"  # in the run folder: losses of held-out rows before the first step
@@ -76,17 +76,19 @@ def completion_prompts(config: RunConfig, rows: Rows, device: Any) -> Completion
     for tree in rows.trees[1]:
         sources.setdefault(tuple(tree.prompt_ids.tolist()), tree.source)
     prompts = list(sources)[: config.evaluation.kl_prompts]
-    reward, judge = config.evaluation.reward, None
+    reward, reward_function = config.evaluation.reward, None
     if reward is not None:
-        policy = PolicyText(rows.tokenizer, config.data.template, rows.prompts_by_source, config.data.template_options)
-        judge = load_reward(reward, policy, device)
+        policy_text = PolicyText(
+            rows.tokenizer, config.data.template, rows.prompts_by_source, config.data.template_options
+        )
+        reward_function = load_reward(reward, policy_text, device)
     return CompletionSampler(
         rows.tokenizer,
         prompts,
         [sources[p] for p in prompts],
         config.evaluation.sample_tokens,
         config.train.seed,
-        judge,
+        reward_function,
         None if reward is None else [reward.model_dump(mode="json"), reward_contents(config)],
     )
 
@@ -107,7 +109,7 @@ class HeldOut:
     rows: Rows
     built: Built
     folder: Path
-    shared: Alone
+    shared: Uncached
     console: Any
     total_steps: int
     fresh: CompletionSampler | None = None
@@ -154,47 +156,48 @@ class HeldOut:
             return self.built.start
         return LiveReference(frozen_scorer(self.parts, self.shared, start=True))
 
-    def _start_rewards(self, fresh: CompletionSampler, written: Completions | None) -> np.ndarray:
+    def _start_rewards(self, completion_sampler: CompletionSampler, generated: Completions | None) -> np.ndarray:
         """Rewards of the starting model's completions of the same prompts, computed once and stored for resumed runs.
 
         Args:
-            written: these completions, if the policy is still the starting model.
+            generated: these completions, if the policy is still the starting model.
         """
         path = self.folder / START_FILE
-        if written is None:
-            found = current().share(self._stored_start_rewards(fresh.asked))
-            if found is not None:
-                return found
+        if generated is None:
+            stored = current().share(self._stored_start_rewards(completion_sampler.cache_key))
+            if stored is not None:
+                return stored
             start = self._start_policy()
             model = start.scorer.model
             with start.off(), whole_weights(start.scorer), widened(model) if start.scorer.narrowed else nullcontext():
-                written = fresh.write(model, 0)
+                generated = completion_sampler.write(model, 0)
         if self.keep and current().leads:
             with optional_write(path, self.console.note):
-                save_start(path, fresh.asked, completion_rows(written, self.rows.tokenizer))
-        assert written.rewards is not None
-        self.start_results[START_FILE] = written.rewards
-        return written.rewards
+                save_start(path, completion_sampler.cache_key, completion_rows(generated, self.rows.tokenizer))
+        assert generated.rewards is not None
+        self.start_results[START_FILE] = generated.rewards
+        return generated.rewards
 
-    def _stored_start_rewards(self, asked: dict[str, Any]) -> np.ndarray | None:
-        known = self.start_results.get(START_FILE)
-        return load_start_rewards(self.folder / START_FILE, asked) if known is None else known
+    def _stored_start_rewards(self, settings: dict[str, Any]) -> np.ndarray | None:
+        rewards = self.start_results.get(START_FILE)
+        return load_start_rewards(self.folder / START_FILE, settings) if rewards is None else rewards
 
     # ---- what `Method.evaluate` can use (`algorithms.method.EvaluationContext`) ---------------------------------------------
 
     def scored(self, algorithm: Algorithm, *, alike: bool = False) -> tuple[Scored, list[TokenTree]]:
         trees = self.parts.trees[1]
-        at = progress_at(max(0, self.step - 1), self.total_steps)
+        progress = progress_at(max(0, self.step - 1), self.total_steps)
 
         if self.step == 0 and alike:
             # the starting model's log-probs are the same under every loss, its loss values are not
-            algorithm.begin_step(0, at, trees)
+            algorithm.begin_step(0, progress, trees)
             needs = tuple(sorted(self.config.method.needs))
             scored, order = self.shared.once(
-                ("start", start_key(self.config), self.rows.key, needs, self.budget), lambda: self._score(algorithm, at)
+                ("start", start_key(self.config), self.rows.key, needs, self.budget),
+                lambda: self._score(algorithm, progress),
             )
         else:
-            scored, order = self._score(algorithm, at)
+            scored, order = self._score(algorithm, progress)
         return scored, [trees[i] for i in order]
 
     def by_set(self, algorithm: Algorithm, scored: Scored, trees: list[TokenTree]) -> dict[str, Any]:
@@ -239,25 +242,25 @@ class HeldOut:
 
         If no model to compare with is in memory, one is loaded temporarily.
         """
-        fresh = self.fresh
-        if fresh is None:
+        sampler = self.fresh
+        if sampler is None:
             return {}
-        asked = json.dumps(fresh.asked, sort_keys=True)
+        settings = json.dumps(sampler.cache_key, sort_keys=True)
 
         def estimate() -> tuple[Completions, dict[str, Any]]:
             with whole_weights(self.parts.engine):
-                written = fresh.write(self.parts.model, self.step)
+                completions = sampler.write(self.parts.model, self.step)
             if self.config.method.signal == "tokens":
-                return written, {}
+                return completions, {}
             policy = LiveReference(self.parts.scorer)
-            return written, estimate_kl(policy, self.start(), written.trees, tokens_per_step=self.budget)
+            return completions, estimate_kl(policy, self.start(), completions.trees, tokens_per_step=self.budget)
 
-        key = ("start completions", start_key(self.config), self.rows.key, asked, self.budget)
-        written, metrics = estimate() if self.step else self.shared.once(key, estimate)
-        metrics = metrics | completion_figures(written)
-        if written.rewards is not None:
-            start = self._start_rewards(fresh, None if self.step else written)
-            metrics |= gain_figures(written.rewards, start)
+        key = ("start completions", start_key(self.config), self.rows.key, settings, self.budget)
+        completions, metrics = estimate() if self.step else self.shared.once(key, estimate)
+        metrics = metrics | completion_figures(completions)
+        if completions.rewards is not None:
+            start_rewards = self._start_rewards(sampler, None if self.step else completions)
+            metrics |= gain_figures(completions.rewards, start_rewards)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def rewards_of_start(
@@ -265,16 +268,18 @@ class HeldOut:
     ) -> np.ndarray | None:
         config = self.config
         assert config.reward is not None
-        judge = [config.reward.model_dump(mode="json"), reward_contents(config)]
+        reward_key = [config.reward.model_dump(mode="json"), reward_contents(config)]
         prompts = [t.prompt_ids.tolist() for t in self.parts.trees[1]]
-        fresh = CompletionSampler(self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, judge)
-        asked, path = {**fresh.asked, **sampling}, self.folder / START_FILE
+        sampler = CompletionSampler(
+            self.rows.tokenizer, prompts, [], max_new_tokens, config.train.seed, None, reward_key
+        )
+        settings, path = {**sampler.cache_key, **sampling}, self.folder / START_FILE
         if self.step:
-            return current().share(self._stored_start_rewards(asked))
+            return current().share(self._stored_start_rewards(settings))
         self.start_results[START_FILE] = rewards
         if self.keep and current().leads:
             with optional_write(path, self.console.note):
-                save_start(path, asked, [{"reward": float(r)} for r in rewards])
+                save_start(path, settings, [{"reward": float(r)} for r in rewards])
         return rewards
 
     def keep_tables(self, tables: Mapping[str, Any]) -> None:

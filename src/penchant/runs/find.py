@@ -155,13 +155,13 @@ def check_base(run: Path, base: ModelConfig, model: Any) -> None:
     """
     if base.init == "random":  # random weights depend on the processor
         return
-    known = read_folder(run).manifest if is_intact(run / MANIFEST) else {}
-    start = mapping(known.get("model"))
-    dtype = getattr(torch, text(mapping(known.get("hardware")).get("dtype")), None)
-    if not start.get("sha256") or not isinstance(dtype, torch.dtype):
+    manifest = read_folder(run).manifest if is_intact(run / MANIFEST) else {}
+    start_model = mapping(manifest.get("model"))
+    dtype = getattr(torch, text(mapping(manifest.get("hardware")).get("dtype")), None)
+    if not start_model.get("sha256") or not isinstance(dtype, torch.dtype):
         return
-    if source_sha256(base, model, dtype) != start["sha256"]:
-        original_path = text(start.get("path"))
+    if source_sha256(base, model, dtype) != start_model["sha256"]:
+        original_path = text(start_model.get("path"))
         suffix = "" if original_path == base.path else f" ({original_path})"
         what = f"its weights are not those that the adapter of {run} was trained on{suffix}"
         raise ModelError(base.path, what, "put them back, or name the right base")
@@ -183,10 +183,10 @@ def check_config(path: Path) -> None:
             return  # only comments, or settings that do not affect the result
     except PenchantError as error:
         changed = [f"it cannot be read: {error.what}"]
-    said = f" ({'; '.join(changed[:3])}{'; ...' if changed[3:] else ''})" if changed else ""
+    details = f" ({'; '.join(changed[:3])}{'; ...' if changed[3:] else ''})" if changed else ""
     raise CheckpointError(
         str(path),
-        f"was changed after the run wrote it{said}",
+        f"was changed after the run wrote it{details}",
         f"undo that and give other settings on the command line, or run penchant train with the run's own config, which writes it again; "
         f"to have it taken as it is now, delete {SUMS} beside it",
     )
@@ -228,11 +228,11 @@ def with_model_folders(
         CheckpointError: a run without a checkpoint. ModelError: an adapter that cannot be merged.
     """
     path, tokenizer, reference = config.model.path, config.model.tokenizer, config.reference.path
-    adapter_too = tokenizer is None and not merge  # the base may have another tokenizer
-    own = resolve_model(path if adapter_too else tokenizer)
+    in_model_folder = tokenizer is None and not merge  # the base may have another tokenizer
+    tokenizer_source = resolve_model(path if in_model_folder else tokenizer)
     model = {
         "path": _model_folder("model.path", path, say, merge),
-        "tokenizer": tokenizer if own is None else str(own[0]),
+        "tokenizer": tokenizer if tokenizer_source is None else str(tokenizer_source[0]),
     }
     reference = None if reference is None else _model_folder("reference.path", reference, say, merge)
     lora = config.lora
@@ -252,10 +252,10 @@ def with_model_folders(
 
 
 def _model_folder(key: str, spec: str, say: Callable[[str], None], merge: bool) -> str:
-    found = resolve_model(spec)
-    if found is None:
+    resolved = resolve_model(spec)
+    if resolved is None:
         return spec
-    folder, run = found
+    folder, run = resolved
     if not is_adapter(folder):
         if Path(spec).expanduser().resolve() != folder.resolve():
             say(f"{key}: {spec} means {folder}")
@@ -283,15 +283,15 @@ def _adapter_folder(config: RunConfig, say: Callable[[str], None]) -> Path:
     if config.method.learns_reward:
         what = "is set, and a reward model's adapter is trained with its head"
         raise ConfigError("model.adapter", what, "leave it out, or train a language model")
-    found, path = resolve_model(spec), Path(spec).expanduser()
-    if found is None:
+    resolved, path = resolve_model(spec), Path(spec).expanduser()
+    if resolved is None:
         names = sorted(p.parent.name for p in path.glob("*/adapter_config.json"))
         if len(names) > 1:
             what = f"holds several adapters ({', '.join(names)}), and one is trained"
             raise ModelError(spec, what, f"name one of them, e.g. model.adapter={path / names[0]}")
         how = f"did you mean {path / names[0]}?" if names else "name an adapter's, a run's or a checkpoint's folder"
         raise ModelError(spec, "holds no adapter" if path.is_dir() else "no such folder", how)
-    folder, _ = found
+    folder, _ = resolved
     if not is_adapter(folder):
         raise ModelError(spec, "is a whole model, not an adapter", "name it as model.path")
     base_model = resolve_model(config.model.path)
@@ -305,15 +305,15 @@ def _adapter_folder(config: RunConfig, say: Callable[[str], None]) -> Path:
 
 def check_adapters_base(adapter: Path, base: ModelConfig, model: Any) -> None:
     """`check_base` for the adapter of a run's checkpoint; a standalone adapter does not record its base's weights."""
-    inside = _parse_checkpoint_path(adapter)
-    if inside is not None:
-        check_base(inside[0], base, model)
+    checkpoint = _parse_checkpoint_path(adapter)
+    if checkpoint is not None:
+        check_base(checkpoint[0], base, model)
 
 
 def runs_in(spec: str, limit: int = 4) -> list[str]:
     """The first `limit` run folders directly inside a folder (a sweep or pipeline), then "..." if there are more."""
-    found = sorted(str(p.parent) for p in Path(spec).expanduser().glob(f"*/{CONFIG}"))
-    return found if len(found) <= limit else [*found[:limit], "..."]
+    folders = sorted(str(p.parent) for p in Path(spec).expanduser().glob(f"*/{CONFIG}"))
+    return folders if len(folders) <= limit else [*folders[:limit], "..."]
 
 
 def _parse_checkpoint_path(path: Path) -> tuple[Path, str] | None:

@@ -40,17 +40,17 @@ def run_identity(config: RunConfig, fingerprints: list[str], contents: Mapping[s
 
 def content_hashes(config: RunConfig) -> dict[str, str]:
     """SHA-256 of all files that a run uses besides its config and rows, keyed by the name to report if one has changed."""
-    what = "loss" if config.algorithm is None else "algorithm"
-    own = {f"content of {what} {n}": sha256 for n, sha256 in config.own_contents().items()}
-    return reward_contents(config) | own | model_contents(config)
+    section = "loss" if config.algorithm is None else "algorithm"
+    own_hashes = {f"content of {section} {n}": sha256 for n, sha256 in config.own_contents().items()}
+    return reward_contents(config) | own_hashes | model_contents(config)
 
 
 def reward_contents(config: RunConfig) -> dict[str, str]:
     """SHA-256 of every reward's Python file and its imports, or of its model."""
     rewards = [r for r in (config.reward, config.evaluation.reward) if r is not None]
     names = dict.fromkeys(name for reward in rewards for name in reward.terms)
-    found = {f"content of reward {name}": sha256 for name in names if (sha256 := content_sha256(name)) is not None}
-    return found | {f"content of reward {n}: {f}": sha256 for n in names for f, sha256 in contents_beside(n).items()}
+    hashes = {f"content of reward {name}": sha256 for name in names if (sha256 := content_sha256(name)) is not None}
+    return hashes | {f"content of reward {n}: {f}": sha256 for n in names for f, sha256 in contents_beside(n).items()}
 
 
 MODEL_FILES = re.compile(r"(adapter_|generation_)?config\.json")
@@ -67,41 +67,43 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     Starting weights are covered by the hash of the loaded model in manifest.json, except for reward models, whose head is
     initialized randomly.
     """
-    weights = [WEIGHT_FILES] if config.method.learns_reward else []
-    tokenizer = "model.path" if config.model.tokenizer is None else "model.tokenizer"
+    weight_patterns = [WEIGHT_FILES] if config.method.learns_reward else []
+    tokenizer_key = "model.path" if config.model.tokenizer is None else "model.tokenizer"
     sources = (
-        ("model.path", config.model.path, [MODEL_FILES, *weights]),
+        ("model.path", config.model.path, [MODEL_FILES, *weight_patterns]),
         (
-            tokenizer,
+            tokenizer_key,
             config.model.tokenizer or config.model.path,
             [TOKENIZER_FILES, *([PROCESSOR_FILES] * config.model.sees)],
         ),
         ("model.adapter", config.model.adapter, [MODEL_FILES, WEIGHT_FILES]),
         ("reference.path", config.reference.path, [MODEL_FILES, WEIGHT_FILES]),
     )
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for key, path, patterns in sources:
-        hub = path is not None and not looks_like_folder(path)
+        is_hub_id = path is not None and not looks_like_folder(path)
         folders = (
-            _cached_hub_folder(key, str(path), config.model.revision, patterns) if hub else _model_folders(key, path)
+            _cached_hub_folder(key, str(path), config.model.revision, patterns)
+            if is_hub_id
+            else _model_folders(key, path)
         )
-        for at, folder in folders:
+        for label, folder in folders:
             files = sorted(p for p in folder.iterdir() if p.is_file() and any(t.fullmatch(p.name) for t in patterns))
             # a large file is hashed once; afterwards its size and timestamps tell whether it has changed
-            large = {p for p in files if p.stat().st_size >= AUTO_BYTES}
-            sums = {p: hashes_of([p])[0] if p in large else file_sha256(p) for p in files}
-            found |= {f"content of {at}: {p.name}": sha256 for p, sha256 in sums.items()}
-    return found
+            large_files = {p for p in files if p.stat().st_size >= AUTO_BYTES}
+            sums = {p: hashes_of([p])[0] if p in large_files else file_sha256(p) for p in files}
+            hashes |= {f"content of {label}: {p.name}": sha256 for p, sha256 in sums.items()}
+    return hashes
 
 
 def _cached_hub_folder(
     key: str, name: str, revision: str | None, patterns: Sequence[re.Pattern[str]]
 ) -> Iterator[tuple[str, Path]]:
     """The cached folder of a hub id, with all the files to hash."""
-    wanted = ["*.json", *(["*.txt", "*.model", "*.jinja"] if TOKENIZER_FILES in patterns else [])]
-    folder = snapshot(name, revision, [*wanted, *(["*.safetensors"] if WEIGHT_FILES in patterns else [])])
+    globs = ["*.json", *(["*.txt", "*.model", "*.jinja"] if TOKENIZER_FILES in patterns else [])]
+    folder = snapshot(name, revision, [*globs, *(["*.safetensors"] if WEIGHT_FILES in patterns else [])])
     if folder is not None and WEIGHT_FILES in patterns and not any(folder.glob("*.safetensors")):
-        folder = snapshot(name, revision, [*wanted, "*.bin"])
+        folder = snapshot(name, revision, [*globs, "*.bin"])
     if folder is not None:
         yield f"{key}{IN_CACHE}", folder
 
@@ -122,9 +124,8 @@ def changed_since(folder: Path, config: RunConfig) -> list[str]:
     """A sentence for each file besides config and rows that has changed or disappeared since the run was trained."""
     recorded, current = read_folder(folder).identity if is_intact(folder / IDENTITY) else {}, content_hashes(config)
     recorded_hashes = {key: value for key, value in recorded.items() if key.startswith(CONTENT) and key != TOKENS}
-    common = {key.partition(": ")[0] for key in recorded_hashes} & {
-        key.partition(": ")[0] for key in current
-    }  # not overridden
+    # not overridden
+    common = {key.partition(": ")[0] for key in recorded_hashes} & {key.partition(": ")[0] for key in current}
     keys = {*recorded_hashes, *current} if TOKENS in recorded else {*recorded_hashes}
     names = [
         key for key in sorted(keys) if current.get(key) != recorded_hashes.get(key) and key.partition(": ")[0] in common

@@ -71,7 +71,7 @@ from penchant.rewards.reward_model import RewardScorer, make_scorer
 from penchant.runs.find import check_adapters_base
 from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
-from penchant.runs.sharing import Alone, Key
+from penchant.runs.sharing import Key, Uncached
 from penchant.training.optim import MasterAdamW, state_bytes
 from penchant.training.steps import set_precision
 from penchant.types import TokenTree
@@ -99,7 +99,7 @@ class Built:
     reference_tokens: int = 0
     _start: str | None = None
 
-    def start_sha256(self, shared: Alone) -> str:
+    def start_sha256(self, shared: Uncached) -> str:
         """SHA-256 of the weights before training, without an adapter; first called before they change."""
         if self._start is None:
             config = self.parts.config
@@ -107,7 +107,7 @@ class Built:
         return self._start
 
 
-def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: bool = True) -> Built:
+def build(config: RunConfig, rows: Rows, shared: Uncached, console: Any, *, cache: bool = True) -> Built:
     """Build every part of a run.
 
     Args:
@@ -130,10 +130,10 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     if rows.reward_parts is not None:
         model = rows.reward_parts.load(torch.device("cpu") if current().many else device, train.seed)
     else:
-        bare = config.model.model_copy(update={"adapter": None})
+        base_config = config.model.model_copy(update={"adapter": None})
         # an adapter's starting point is computed in fp32: DoRA's norms, or the existing adapter
         frozen = None if starts_adapted(config) else config.lora is not None
-        model = fresh_model(config, bare, device, shared, held=True, frozen=frozen)
+        model = fresh_model(config, base_config, device, shared, held=True, frozen=frozen)
     set_threads(config, model)
     model = prepared(model, config, rows)
     parts = Parts(
@@ -151,33 +151,33 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     method.check(parts)
     parts.modules = method.modules(parts, lambda: fresh_model(config, config.model, device, shared), console.note)
 
-    start, router = _shard(parts, rows, shared, console) if current().many else (None, None)
+    weights_hash, router = _shard(parts, rows, shared, console) if current().many else (None, None)
 
     # masters are taken before the cast; shards are their own masters
-    beside = [(f"{name}.{n}", p) for name, m in parts.modules.items() for n, p in m.named_parameters()]
-    how = train.model_copy(update=dict(method.optimizer))
+    module_parameters = [(f"{name}.{n}", p) for name, m in parts.modules.items() for n, p in m.named_parameters()]
+    settings = train.model_copy(update=dict(method.optimizer))
     optimizer = MasterAdamW(
-        [*model.named_parameters(), *beside],
+        [*model.named_parameters(), *module_parameters],
         dtype=torch.promote_types(dtype, torch.float32) if current().many else dtype,
-        kind=how.optimizer,
-        betas=(how.adam_beta1, how.adam_beta2),
-        eps=how.adam_eps,
-        momentum=how.momentum,
-        weight_decay=how.weight_decay,
+        kind=settings.optimizer,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
         lr_scale=lambda name: config.lora.lr_ratio if config.lora is not None and is_b_matrix(name) else 1.0,
         stays_wide=partial(stays_wide, model),
     )
     if not current().many:
-        beside_it = (m.backbone for m in parts.modules.values() if getattr(m, "backbone", None) is not None)
-        for trained in (model, *beside_it):
-            cast_parameters(trained, dtype)
+        backbones = (m.backbone for m in parts.modules.values() if getattr(m, "backbone", None) is not None)
+        for module in (model, *backbones):
+            cast_parameters(module, dtype)
         parts.engine = _engine(parts, rows, shared, console)
         router = _router(parts)
         if train.gradient_checkpointing == "offload" and device.type == "cuda":
             offload(backbone_of(model))
 
     # the reference and the algorithm
-    built = Built(parts, optimizer, reference_kind=kind, router=router, _start=start)
+    built = Built(parts, optimizer, reference_kind=kind, router=router, _start=weights_hash)
     if config.lora is not None and not method.learns_reward:
         built.start = (adapter_as_it_is if starts_adapted(config) else adapter_off)(parts.scorer)
     if kind is not None:
@@ -186,7 +186,7 @@ def build(config: RunConfig, rows: Rows, shared: Alone, console: Any, *, cache: 
     return built
 
 
-def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, RouterLoss | None]:
+def _shard(parts: Parts, rows: Rows, shared: Uncached, console: Any) -> tuple[str, RouterLoss | None]:
     """Shard the parameters over all ranks, after everything that needs the whole model.
 
     Returns:
@@ -198,10 +198,10 @@ def _shard(parts: Parts, rows: Rows, shared: Alone, console: Any) -> tuple[str, 
     parts.engine = _engine(parts, rows, shared, console)
     router = _router(parts)
     shard = sharding(parts)
-    beside = {name: getattr(module, "backbone", None) for name, module in parts.modules.items()}
-    of_policy = [module for name, module in parts.modules.items() if beside[name] is None]
-    models = [(parts.model, of_policy)]
-    models += [(own, [parts.modules[name].head]) for name, own in beside.items() if own is not None]
+    backbones = {name: getattr(module, "backbone", None) for name, module in parts.modules.items()}
+    policy_heads = [module for name, module in parts.modules.items() if backbones[name] is None]
+    models = [(parts.model, policy_heads)]
+    models += [(backbone, [parts.modules[name].head]) for name, backbone in backbones.items() if backbone is not None]
     for model, heads in models:
         base_model_of(model).config.dtype = parts.dtype
         shard(model, backbone_of(model), heads)
@@ -224,7 +224,7 @@ def fresh_model(
     config: RunConfig,
     source: ModelConfig,
     device: torch.device,
-    shared: Alone,
+    shared: Uncached,
     *,
     held: bool = False,
     frozen: bool | None = None,
@@ -246,7 +246,7 @@ def fresh_model(
             return load_causal_model(source, device, seed, within=within, mapped=current().many)
         return merged_model(source, Path(source.adapter), device, seed)
 
-    if type(shared) is Alone:
+    if type(shared) is Uncached:
         dtype = placed(config)[1]
         return load(device, torch.float32 if frozen is None else held_in(source, dtype, frozen, current().many))
     key: Key = ("model", *weights_key(config, source))
@@ -262,8 +262,8 @@ def prepared(model: Any, config: RunConfig, rows: Rows) -> Any:
     if rows.reward_parts is None:
         set_eos_token_ids(model, rows.tokenizer)
     if config.lora is not None and rows.reward_parts is None:
-        outlined = next(model.parameters()).device.type == "meta"
-        if config.model.adapter is None or outlined:
+        on_meta = next(model.parameters()).device.type == "meta"
+        if config.model.adapter is None or on_meta:
             within = language_part(model) if config.model.vision == "frozen" else ""
             model = add_lora(model, config.lora, config.train.seed, within=within)
         else:
@@ -306,12 +306,12 @@ def check_places(config: RunConfig) -> None:
     Raises:
         ConfigError: names the key and its value.
     """
-    places = {"reference.device": config.reference.device}
-    places |= {} if config.reward is None else {"reward.device": config.reward.device}
-    for key, wanted in places.items():
-        resolve_place(key, wanted, config.model.device)
-        if current().many and (":" in wanted or (key == "reference.device" and wanted != "auto")):
-            what = f"is {wanted}, and each of the {current().size} processes has a device of its own"
+    devices = {"reference.device": config.reference.device}
+    devices |= {} if config.reward is None else {"reward.device": config.reward.device}
+    for key, device in devices.items():
+        resolve_place(key, device, config.model.device)
+        if current().many and (":" in device or (key == "reference.device" and device != "auto")):
+            what = f"is {device}, and each of the {current().size} processes has a device of its own"
             raise ConfigError(
                 key, what, "leave it out: models beside the policy are sharded the same way as the policy"
             )
@@ -346,22 +346,22 @@ def prepare_for_inference(model: Any, config: RunConfig, dtype: torch.dtype, pro
     model.requires_grad_(False).eval()
     if processor is not None:
         return choose_pictured(model, processor)[0]
-    wanted = config.model.kernels
-    kernels = "auto" if wanted == "compile" else wanted  # compiling is not worth it, and maybe not possible here
+    choice = config.model.kernels
+    kernels = "auto" if choice == "compile" else choice  # compiling is not worth it, and maybe not possible here
     return choose_packing(model, config.train.packing, kernels, config.model.attention)[0]
 
 
-def peak_lr(config: RunConfig, rows: Rows, parameters: int, known: Mapping[str, Any] | None = None) -> float:
-    """`train.lr`, with auto resolved for the method and number of parameters; `known`: the manifest of a resumed run."""
+def peak_lr(config: RunConfig, rows: Rows, parameters: int, old_manifest: Mapping[str, Any] | None = None) -> float:
+    """`train.lr`, with auto resolved for the method and number of parameters; `old_manifest`: the manifest of a resumed run."""
     if config.train.lr != "auto":
         return float(config.train.lr)
-    if known is not None and "peak_lr" in known:
-        return float(known["peak_lr"])
+    if old_manifest is not None and "peak_lr" in old_manifest:
+        return float(old_manifest["peak_lr"])
     parts = rows.reward_parts
     if parts is not None and parts.encoder and config.lora is None:
         return parts.encoder_lr(parameters)
     rates = config.method.default_lr
-    if known is not None and config.lora is None:  # auto before manifests recorded it
+    if old_manifest is not None and config.lora is None:  # auto before manifests recorded it
         return 1e-6 if config.algorithm is None and config.method.signal != "tokens" else rates[0]
     return auto_lr(rates, config.lora is not None, parameters)
 
@@ -371,28 +371,28 @@ FAR = 5  # times the usual rate, or less than a fifth of it
 
 def remarks(config: RunConfig, rows: Rows) -> list[str]:
     """Notes on settings that the user may not have intended."""
-    said, lr, count = [], config.train.lr, len(rows.trees[0])
+    notes, lr, count = [], config.train.lr, len(rows.trees[0])
     if config.model.dtype == "bf16" and placed(config)[0].type == "cpu" and not cpu_has_bf16():
-        said.append(
+        notes.append(
             "model.dtype is bf16, which this processor has no products for (AVX512-BF16 or AMX): it emulates them, and they were "
             "eight times as slow as in fp32 where that was measured (21 against 179 GFLOP/s); model.dtype=auto takes fp32 here"
         )
-    usual = auto_lr(config.method.default_lr, True)
-    if config.lora is not None and lr != "auto" and not usual / FAR <= lr <= usual * FAR:
-        kind = "low" if lr < usual else "high"
-        said.append(f"train.lr is {lr:g}, which is {kind} for an adapter: train.lr=auto would be {usual:g}")
+    usual_lr = auto_lr(config.method.default_lr, True)
+    if config.lora is not None and lr != "auto" and not usual_lr / FAR <= lr <= usual_lr * FAR:
+        kind = "low" if lr < usual_lr else "high"
+        notes.append(f"train.lr is {lr:g}, which is {kind} for an adapter: train.lr=auto would be {usual_lr:g}")
     if config.model.adapter is not None:
-        named = adapter_base(Path(config.model.adapter))
-        if named is not None and Path(named).name != Path(config.model.path).name:
-            said.append(
-                f"the adapter of {config.model.adapter} was trained on {named}: here it is on {config.model.path}"
+        trained_base = adapter_base(Path(config.model.adapter))
+        if trained_base is not None and Path(trained_base).name != Path(config.model.path).name:
+            notes.append(
+                f"the adapter of {config.model.adapter} was trained on {trained_base}: here it is on {config.model.path}"
             )
     if config.train.batch_size > count:
-        said.append(
+        notes.append(
             f"train.batch_size is {config.train.batch_size:,}, and there are {counted(count, 'row')} to train on: every step "
             "takes all of them, so an epoch is a single step"
         )
-    return said
+    return notes
 
 
 def model_writer(built: Built, rows: Rows) -> Callable[[Path], None]:
@@ -400,16 +400,16 @@ def model_writer(built: Built, rows: Rows) -> Callable[[Path], None]:
     parts, world = built.parts, current()
     state = gathered_state(parts.model, parts.dtype) if world.many else None
     reward = rows.reward_parts
-    whole = None if reward is None else whole_reward(parts.model, built.optimizer.masters, state, parts.dtype)
-    held = [(state, whole)]
-    del state, whole
+    reward_state = None if reward is None else whole_reward(parts.model, built.optimizer.masters, state, parts.dtype)
+    pending = [(state, reward_state)]
+    del state, reward_state
 
     def write(folder: Path) -> None:
-        state, whole = held.pop()  # free them after writing
+        state, reward_state = pending.pop()  # free them after writing
         if not world.leads:
             return
         if reward is not None:
-            reward.save(parts.model, folder, whole, state)
+            reward.save(parts.model, folder, reward_state, state)
         else:
             save_model(parts.model, rows.processor if parts.config.model.sees else parts.tokenizer, folder, state)
         if parts.config.checkpoint.pt:
@@ -420,62 +420,66 @@ def model_writer(built: Built, rows: Rows) -> Callable[[Path], None]:
 
 def gathered_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state dict of a sharded model, complete on rank 0 and empty elsewhere; tied weights share memory there too."""
-    named = list(model.state_dict(keep_vars=True).items())
-    of = {id(p): name for name, p in reversed(named)}
-    found = gathered(((name, p) for name, p in named if of[id(p)] == name), current(), dtype)
-    return {name: found[of[id(p)]] for name, p in named} if found else {}
+    parameters = list(model.state_dict(keep_vars=True).items())
+    name_of = {id(p): name for name, p in reversed(parameters)}
+    tensors = gathered(((name, p) for name, p in parameters if name_of[id(p)] == name), current(), dtype)
+    return {name: tensors[name_of[id(p)]] for name, p in parameters} if tensors else {}
 
 
 def checkpoint_bytes(config: RunConfig, model: Any, dtype: torch.dtype) -> int:
     """Approximate size of a checkpoint: the model in its dtype, fp32 masters with optimizer state, the tokenizer."""
     parameters = list(model.parameters())
-    every, trainable = (sum(p.numel() for p in parameters if p.requires_grad or not only) for only in (False, True))
-    each = torch.empty(0, dtype=dtype).element_size()
-    trained = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    own = trainable * 4 + state_bytes(config.train.optimizer, trained, config.train.momentum)
-    state = own + every * 12 * config.method.copies + (every * 4 if config.reference.moves else 0)
-    whole = config.lora is None or config.method.learns_reward  # a reward model is saved merged
-    saved = (every if whole else trainable) * each + (trainable * each if whole and config.lora else 0)
+    total, trainable = (
+        sum(p.numel() for p in parameters if p.requires_grad or not trainable_only) for trainable_only in (False, True)
+    )
+    element_size = torch.empty(0, dtype=dtype).element_size()
+    trained_parameters = ((n, p) for n, p in model.named_parameters() if p.requires_grad)
+    optimizer_bytes = trainable * 4 + state_bytes(config.train.optimizer, trained_parameters, config.train.momentum)
+    state_size = optimizer_bytes + total * 12 * config.method.copies + (total * 4 if config.reference.moves else 0)
+    saves_whole_model = config.lora is None or config.method.learns_reward  # a reward model is saved merged
+    model_size = (total if saves_whole_model else trainable) * element_size + (
+        trainable * element_size if saves_whole_model and config.lora else 0
+    )
     folder = Path(config.model.tokenizer or config.model.path).expanduser()
-    tokenizer = sum(p.stat().st_size for p in folder.glob("tok*")) if folder.is_dir() else 4 << 20
-    return saved * (2 if config.checkpoint.pt else 1) + state + tokenizer
+    tokenizer_size = sum(p.stat().st_size for p in folder.glob("tok*")) if folder.is_dir() else 4 << 20
+    return model_size * (2 if config.checkpoint.pt else 1) + state_size + tokenizer_size
 
 
-def _engine(parts: Parts, rows: Rows, shared: Alone, console: Any) -> Scorer | RewardScorer:
+def _engine(parts: Parts, rows: Rows, shared: Uncached, console: Any) -> Scorer | RewardScorer:
     """The engine that runs the model, with its packing chosen."""
-    wanted = parts.config.model
-    packing, attention = parts.config.train.packing, wanted.attention
-    kernels = "off" if current().many else wanted.kernels  # a fast path holds whole parameters
-    found: list[Scorer | RewardScorer] = []
+    model_config = parts.config.model
+    packing, attention = parts.config.train.packing, model_config.attention
+    kernels = "off" if current().many else model_config.kernels  # a fast path holds whole parameters
+    scorers: list[Scorer | RewardScorer] = []
     encoder = rows.reward_parts is not None and rows.reward_parts.encoder
-    if wanted.kernels == "compile" and (why := _uncompilable(parts.config, encoder)):
-        raise ConfigError("model.kernels", f"compile does not go with {why}", "set model.kernels=auto")
+    if model_config.kernels == "compile" and (reason := _uncompilable(parts.config, encoder)):
+        raise ConfigError("model.kernels", f"compile does not go with {reason}", "set model.kernels=auto")
     if rows.reward_parts is not None:
         engine, note = make_scorer(parts.model, encoder, parts.tokenizer, packing, kernels, attention, _runs_as(parts))
         console.note(note)
         return engine
 
-    if wanted.sees:
+    if model_config.sees:
         scorer, note = choose_pictured(parts.model, rows.processor)
         console.note(note)
         return scorer
 
     def choose() -> tuple[Any, str]:
         scorer, note = choose_packing(parts.model, packing, kernels, attention, _runs_as(parts))
-        found.append(scorer)
+        scorers.append(scorer)
         return (scorer.packing, scorer.runs, scorer.how), note
 
-    (chosen, kernels, how), note = shared.once(("packing", start_key(parts.config)), choose)
+    (packing_choice, kernels, options), note = shared.once(("packing", start_key(parts.config)), choose)
     console.note(note)
-    why = outside_fast_path(parts.config.lora)
-    if why and not current().many and (parts.device.type, parts.config.model.kernels) == ("cpu", "auto"):
-        console.note(f"{why}: this adapter runs on transformers' and peft's own layers")
-    return found[0] if found else Scorer(parts.model, chosen, kernels, **how)
+    reason = outside_fast_path(parts.config.lora)
+    if reason and not current().many and (parts.device.type, parts.config.model.kernels) == ("cpu", "auto"):
+        console.note(f"{reason}: this adapter runs on transformers' and peft's own layers")
+    return scorers[0] if scorers else Scorer(parts.model, packing_choice, kernels, **options)
 
 
 def _uncompilable(config: RunConfig, encoder: bool) -> str:
     """The first thing in a run that rules out `model.kernels=compile`, or an empty string."""
-    hindrances = {
+    obstacles = {
         "several processes": current().many,
         "pictures": config.model.sees,
         "an encoder": encoder,
@@ -483,7 +487,7 @@ def _uncompilable(config: RunConfig, encoder: bool) -> str:
         "train.gradient_checkpointing": config.train.gradient_checkpointing in (True, "offload"),
         "model.router_aux_loss": config.model.router_aux_loss is not None,
     }
-    return next((name for name, here in hindrances.items() if here), "")
+    return next((name for name, present in obstacles.items() if present), "")
 
 
 def _runs_as(parts: Parts) -> tuple[torch.device, torch.dtype] | None:
@@ -493,14 +497,14 @@ def _runs_as(parts: Parts) -> tuple[torch.device, torch.dtype] | None:
 
 def _router(parts: Parts) -> RouterLoss | None:
     """The router's balance loss of the policy (or reward model), attached to its engine; None if not enabled."""
-    wanted, engine = parts.config.model.router_aux_loss, parts.engine
+    coefficient, engine = parts.config.model.router_aux_loss, parts.engine
     scorer = engine if isinstance(engine, Scorer) else getattr(engine, "scorer", None)
-    if wanted is None:
+    if coefficient is None:
         return None
-    found = router_loss(parts.model, wanted)
+    router = router_loss(parts.model, coefficient)
     assert isinstance(scorer, Scorer)  # encoders have no router loss
-    scorer.router, found.run = found, scorer.hidden
-    return found
+    scorer.router, router.run = router, scorer.hidden
+    return router
 
 
 # ---- the reference ----
@@ -512,18 +516,18 @@ def reference_kind(config: RunConfig) -> str:
     Raises:
         ConfigError: it does not fit the method or the model.
     """
-    kind, own = str(config.reference.kind), config.reference.path is not None
-    away = config.reference.device != "auto"
+    kind, has_path = str(config.reference.kind), config.reference.path is not None
+    has_device = config.reference.device != "auto"
     if kind == "auto" and (
-        config.reference.moves or away or (config.method.live_reference and (config.lora is None or own))
+        config.reference.moves or has_device or (config.method.live_reference and (config.lora is None or has_path))
     ):
         kind = "frozen"
     elif kind == "auto":
-        kind = "adapter" if config.lora is not None and not own else "cached"
-    if kind == "adapter" and (config.lora is None or own):
+        kind = "adapter" if config.lora is not None and not has_path else "cached"
+    if kind == "adapter" and (config.lora is None or has_path):
         what = "adapter means the model with its LoRA adapter off"
         raise ConfigError("reference.kind", what, "add a lora section and no reference.path")
-    if away and (kind == "adapter" or (kind == "cached" and not own)):
+    if has_device and (kind == "adapter" or (kind == "cached" and not has_path)):
         raise ConfigError(
             "reference.device",
             f"is {config.reference.device}, and a reference of kind {kind} is the policy itself, which is where the policy is",
@@ -535,18 +539,18 @@ def reference_kind(config: RunConfig) -> str:
     return kind
 
 
-def _reference(built: Built, kind: str, rows: Rows, shared: Alone, console: Any, cache: bool) -> Reference:
+def _reference(built: Built, kind: str, rows: Rows, shared: Uncached, console: Any, cache: bool) -> Reference:
     parts, cfg = built.parts, built.parts.config.reference
     # a copy has the adapter merged and quantized weights dequantized
     exact = not starts_adapted(parts.config) and parts.config.model.quantize == "none"
     exact = exact and reference_place(parts.config).type == parts.device.type
     if cfg.moves:
-        every, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
+        interval, mixup = (cfg.sync_every, cfg.sync_mixup) if cfg.ema is None else (1, 1.0 - cfg.ema)
         return MovingReference(
             frozen_scorer(parts, shared),
             exact=exact,
             policy=lambda: effective_weights(parts.model, built.optimizer.masters),
-            every=int(every or 1),
+            every=int(interval or 1),
             mixup=mixup,
         )
     if kind == "adapter" and built.start is not None:
@@ -569,7 +573,7 @@ def starts_adapted(config: RunConfig) -> bool:
     return config.model.adapter is not None or (config.lora is not None and config.lora.dora)
 
 
-def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer:
+def frozen_scorer(parts: Parts, shared: Uncached, *, start: bool = False) -> Scorer:
     """A frozen model in the policy's precision: the reference or, if `start`, the starting model."""
     config = parts.config
     source, place = (config.model, parts.device) if start else (reference_source(config), reference_place(config))
@@ -577,10 +581,10 @@ def frozen_scorer(parts: Parts, shared: Alone, *, start: bool = False) -> Scorer
     if not current().many:  # otherwise layer by layer, when sharded
         cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
-    alike = place.type == parts.device.type
-    if not start and (config.reference.path is not None or not alike):  # possibly another architecture
-        kernels = parts.scorer.runs if alike or parts.scorer.fast else "off"
-        attention = config.model.attention if alike else "auto"
+    same_device = place.type == parts.device.type
+    if not start and (config.reference.path is not None or not same_device):  # possibly another architecture
+        kernels = parts.scorer.runs if same_device or parts.scorer.fast else "off"
+        attention = config.model.attention if same_device else "auto"
         scorer = choose_packing(model, parts.scorer.packing, kernels, attention, _runs_as(parts))[0]
     else:
         # same kernels as the policy: with an adapter that has no fast path, and log-probs at the start would differ
@@ -601,16 +605,16 @@ def reference_source(config: RunConfig) -> ModelConfig:
     )
 
 
-def _cached_reference(built: Built, live: LiveReference, rows: Rows, shared: Alone, console: Any) -> CachedReference:
+def _cached_reference(built: Built, live: LiveReference, rows: Rows, shared: Uncached, console: Any) -> CachedReference:
     """A cached reference, read from disk or computed now."""
-    found_for: list[CachedReference] = []
-    parts, own = built.parts, built.parts.config.reference.path
-    if own is None:  # the starting model itself
+    references: list[CachedReference] = []
+    parts, reference_path = built.parts, built.parts.config.reference.path
+    if reference_path is None:  # the starting model itself
         sha256 = with_adapter_sha256(parts.config, built.start_sha256(shared))
     else:
         sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
     for name, (trees, path) in cache_paths(parts.config, rows, sha256, live.scorer.model).items():
-        cached, found = cached_reference(
+        cached, was_cached = cached_reference(
             live,
             trees,
             path.stem,
@@ -620,10 +624,10 @@ def _cached_reference(built: Built, live: LiveReference, rows: Rows, shared: Alo
             progress=console.counter(f"reference log-probs of {name} rows"),
             say=console.note,
         )
-        verb = "read from cache" if found else "computed and cached" if path.exists() else "computed"
+        verb = "read from cache" if was_cached else "computed and cached" if path.exists() else "computed"
         console.note(f"reference log-probs of {len(trees):,} {name} rows: {verb}")
-        found_for.append(cached)
-    return joined(found_for)
+        references.append(cached)
+    return joined(references)
 
 
 def with_adapter_sha256(config: RunConfig, weights: str) -> str:
@@ -639,11 +643,11 @@ def _compute_reference(built: Built, live: LiveReference) -> CachedReference:
     parts = built.parts
     trees = [*parts.trees[0], *parts.trees[1], *parts.mismatched.values()]
     started = time.perf_counter()
-    found = compute_logps(live, trees, tokens_per_step=parts.config.train.tokens_per_step)
+    logps = compute_logps(live, trees, tokens_per_step=parts.config.train.tokens_per_step)
     built.reference_seconds = time.perf_counter() - started
     built.reference_tokens = sum(tree_tokens(t, live.scorer.shared) for t in trees)
-    sums = found.sums.split([len(t.completion_ids) for t in trees])
-    tokens = found.tokens.split([sum(t.trained) for t in trees])
+    sums = logps.sums.split([len(t.completion_ids) for t in trees])
+    tokens = logps.tokens.split([sum(t.trained) for t in trees])
     by_row = {t.row: s for t, s in zip(trees, sums, strict=True)}
     return CachedReference(by_row, {t.row: s for t, s in zip(trees, tokens, strict=True)})
 
@@ -660,11 +664,12 @@ def cache_paths(config: RunConfig, rows: Rows, weights: str, model: Any) -> dict
     dtype = str(placed(config)[1])
     if config.model.sees:
         weights += processor_sha256(rows.processor)
-    how = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
+    key_fields = {"dtype": dtype, "tokenizer": tokenizer_sha256(rows.tokenizer), "template": config.data.template}
     return {
         name: (
             trees,
-            folder / f"{cache_key(weights + config_sha256(model) + _pictures_sha256(trees), trees, **how)}.safetensors",
+            folder
+            / f"{cache_key(weights + config_sha256(model) + _pictures_sha256(trees), trees, **key_fields)}.safetensors",
         )
         for name, trees in groups.items()
         if trees
@@ -675,8 +680,8 @@ def _pictures_sha256(trees: Sequence[TokenTree]) -> str:
     """SHA-256 of the pictures of some trees; empty if there are none, as in all trees on disk."""
     if isinstance(trees, StoredTokens):
         return ""
-    found = [[i.sha256 for i in t.pictures.images] if t.pictures else [] for t in trees]
-    return hashlib.sha256(repr(found).encode()).hexdigest() if any(found) else ""
+    hashes = [[i.sha256 for i in t.pictures.images] if t.pictures else [] for t in trees]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest() if any(hashes) else ""
 
 
 # ---- keys for what runs can share ----
@@ -693,12 +698,12 @@ def start_key(config: RunConfig) -> Key:
     adapter = None if config.lora is None else (config.lora.model_dump_json(), config.train.seed)
     t, (device, dtype) = config.train, placed(config)
     m = config.model
-    held = (str(device), str(dtype), m.kernels, m.attention, t.packing, t.gradient_checkpointing, t.threads)
+    settings = (str(device), str(dtype), m.kernels, m.attention, t.packing, t.gradient_checkpointing, t.threads)
     learns_policy = not config.method.learns_reward
-    return (weights_key(config, config.model), adapter, *held, learns_policy, config.reference.model_dump_json())
+    return (weights_key(config, config.model), adapter, *settings, learns_policy, config.reference.model_dump_json())
 
 
-def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Alone) -> str:
+def start_sha256(config: RunConfig, model: Any, source: ModelConfig, shared: Uncached) -> str:
     """SHA-256 of an untrained model loaded from `source`."""
     if config.method.learns_reward:  # its head depends on the seed
         return weights_sha256(model)

@@ -21,7 +21,7 @@ from penchant.config import RunConfig, dump_config
 from penchant.data.load import turns_of
 from penchant.distributed.world import current
 from penchant.runfolder import GIVEN_FOLDER, write_summed
-from penchant.runs.sharing import Alone
+from penchant.runs.sharing import Uncached
 from penchant.types import Prompt
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "tokenizers", "numpy
 
 def versions() -> dict[str, Any]:
     """Versions of Penchant, Python and the libraries that can affect results."""
-    found: dict[str, Any] = {"penchant": penchant.__version__, "python": platform.python_version()}
+    version_by_name: dict[str, Any] = {"penchant": penchant.__version__, "python": platform.python_version()}
     for package in PACKAGES:
-        found[package] = _version(package)
-    return found
+        version_by_name[package] = _version(package)
+    return version_by_name
 
 
 @cache  # reading a package's metadata takes as long as a step of a small model
@@ -148,7 +148,7 @@ def write_manifest(
         "gradient_checkpointing": checkpointing if isinstance(checkpointing, str) else ("off", "layers")[checkpointing],
         "data": data,
         **({"processes": current().size} if current().many else {}),
-        **({"given": given} if (given := _given_files(config)) else {}),
+        **({"given": given_files} if (given_files := _given_files(config)) else {}),
         "hardware": {**hardware(), "device": str(parts.device), "dtype": str(parts.dtype).removeprefix("torch.")},
     }
     write_summed(path, without_passwords(json.dumps(manifest, indent=1)))
@@ -164,7 +164,7 @@ def has_samples(config: RunConfig, rows: Rows) -> bool:
 
 
 def write_samples(
-    path: Path, rows: Rows, model: Any, shared: Alone, key: tuple[Any, ...] | None, say: Callable[[str], None]
+    path: Path, rows: Rows, model: Any, shared: Uncached, key: tuple[Any, ...] | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Generate greedy completions of the first held-out prompts and store them in a file for resumed runs.
 
@@ -198,12 +198,12 @@ def write_samples(
 
 def _prompt_messages(rows: Rows, sources: Sequence[str]) -> list[dict[str, Any]]:
     """``{"messages": ...}`` of each prompt that is a conversation, as in its row; empty for a plain text."""
-    dataset, wanted = rows.datasets[1] if rows.trees[1] else rows.datasets[0], set(sources)
+    dataset, wanted_sources = rows.datasets[1] if rows.trees[1] else rows.datasets[0], set(sources)
     prompts: dict[str, Prompt] = {}
     for tree in dataset.trees if dataset is not None else ():
-        if len(prompts) == len(wanted):
+        if len(prompts) == len(wanted_sources):
             break
-        if tree.source in wanted:
+        if tree.source in wanted_sources:
             prompts.setdefault(tree.source, tree.prompt)
     return [turns_of(prompts.get(source, "")) for source in sources]
 

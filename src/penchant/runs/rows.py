@@ -30,7 +30,7 @@ from penchant.models.load import load_processor, load_tokenizer
 from penchant.models.reward import is_encoder, load_model_config
 from penchant.rewards.functions import reads_columns
 from penchant.rewards.reward_model import RewardModelParts, rows_by_source
-from penchant.runs.sharing import Alone, Key
+from penchant.runs.sharing import Key, Uncached
 from penchant.training.steps import Share, shares_of
 from penchant.types import PromptTree, TokenTree
 
@@ -43,7 +43,7 @@ class Rows:
         tokenizer: used instead of the config's (a checkpoint's own, as the starting model may be gone).
     """
 
-    def __init__(self, config: RunConfig, shared: Alone, console: Any, tokenizer: Any = None) -> None:
+    def __init__(self, config: RunConfig, shared: Uncached, console: Any, tokenizer: Any = None) -> None:
         self.config, self.shared, self.console = config, shared, console
         self.method = config.method
         # cache keys do not cover picture files
@@ -80,24 +80,26 @@ class Rows:
     @cached_property
     def loaded(self) -> dict[str, Dataset]:
         """The loaded files with their quarantined rows: ``train``, and ``heldout`` if it has files of its own."""
-        names, parts = self.held_out_sets, self.datasets_by_source
-        found = {
-            "train": self.cache.concatenate(list(parts.values()), list(parts))
-            if len(parts) > 1
-            else next(iter(parts.values()))
+        names, by_source = self.held_out_sets, self.datasets_by_source
+        datasets = {
+            "train": self.cache.concatenate(list(by_source.values()), list(by_source))
+            if len(by_source) > 1
+            else next(iter(by_source.values()))
         }
-        sets = {name: self._load(path) for name, path in self.config.data.held_out_files.items()}
-        if sets:
-            found["heldout"] = (
-                self.cache.concatenate(list(sets.values()), list(sets)) if len(sets) > 1 else next(iter(sets.values()))
+        held_out = {name: self._load(path) for name, path in self.config.data.held_out_files.items()}
+        if held_out:
+            datasets["heldout"] = (
+                self.cache.concatenate(list(held_out.values()), list(held_out))
+                if len(held_out) > 1
+                else next(iter(held_out.values()))
             )
         if names and self.method.rollouts is not None:
             self.console.note(
                 f"held-out sets {', '.join(names)} are evaluated as one: {self.method.name} writes answers to all of them"
             )
-        for name, dataset in found.items():
+        for name, dataset in datasets.items():
             self.console.note(f"{name}: {summary(dataset)}")
-        return found
+        return datasets
 
     @cached_property
     def datasets_by_source(self) -> dict[str, Dataset]:
@@ -113,9 +115,9 @@ class Rows:
     def held_out_sets(self) -> list[str]:
         """The names of several held-out sets, in the order of their trees' `origin`; empty for a single unnamed one."""
         names = [name for name in self.config.data.held_out_files if name]
-        taken = {n.partition("/")[0] for n in METRICS} | {"loss"}
+        reserved = {n.partition("/")[0] for n in METRICS} | {"loss"}
         for name in names:
-            if name in taken or not re.fullmatch(r"[A-Za-z][\w.-]*", name):
+            if name in reserved or not re.fullmatch(r"[A-Za-z][\w.-]*", name):
                 what = f"{name!r} cannot be the name of a held-out set"
                 raise ConfigError("data.eval_path", what, "take a word that no metric uses, such as general or math")
         return names
@@ -128,12 +130,14 @@ class Rows:
             return ()
         origins = extra_of(self.trees[0], "origin").astype(int)
         counts = np.bincount(origins, minlength=len(sources)).tolist()
-        found = shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
+        shares = shares_of(counts, [s.weight for s in sources], [s.repeat for s in sources])
         names = [", ".join(s.files) for s, count in zip(sources, counts, strict=True) if count]
-        parts = [f"{take:,} of {name} (of {there:,})" for name, (_, there, take) in zip(names, found, strict=False)]
-        if parts:
-            self.console.note(f"rows that an epoch takes: {', '.join(parts)}")
-        return found
+        phrases = [
+            f"{used:,} of {name} (of {available:,})" for name, (_, available, used) in zip(names, shares, strict=False)
+        ]
+        if phrases:
+            self.console.note(f"rows that an epoch takes: {', '.join(phrases)}")
+        return shares
 
     @cached_property
     def datasets(self) -> tuple[Dataset, Dataset | None]:
@@ -164,20 +168,20 @@ class Rows:
     def _load(self, path: Any, source_settings: Mapping[str, Any] | None = None) -> Dataset:
         """Load files as rows to train on; `source_settings` holds the source's own settings for reading them."""
         data, method = self.config.data, self.method
-        reading = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        options = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
         if data.weight is not None:
             if method.signal == "prompts":
                 how = "leave it out; data.sources mixes prompts by weight"
                 raise ConfigError("data.weight", f"is set, and {method.name} writes its answers itself", how)
-            reading |= {"weight": data.weight}
-        reading |= data.model_dump(include={"bounds"}, exclude_defaults=True)
+            options |= {"weight": data.weight}
+        options |= data.model_dump(include={"bounds"}, exclude_defaults=True)
         if self.config.model.sees:
-            reading |= {"image_dir": data.image_dir or ""}
-        reading |= source_settings or {}
+            options |= {"image_dir": data.image_dir or ""}
+        options |= source_settings or {}
         if self.keep_columns:
-            reading |= {"keep_columns": True, "rollouts": method.signal == "prompts"}
+            options |= {"keep_columns": True, "rollouts": method.signal == "prompts"}
         dataset = self.shared.once(
-            ("rows", str(path), json.dumps(reading, sort_keys=True)), lambda: self.cache.load(path, **reading)
+            ("rows", str(path), json.dumps(options, sort_keys=True)), lambda: self.cache.load(path, **options)
         )
         self.console.note(layout_line(dataset, path))
         adapted = adapt(dataset, method.name, method.signal, method.needs, data, str(path))
@@ -212,13 +216,13 @@ class Rows:
     def tokenized(self) -> tuple[TokenizedDataset, TokenizedDataset | None]:
         (train, heldout), data = self.datasets, self.config.data
         if uses_chat(data.template, self.tokenizer):
-            of_rows = (
+            row_variables = (
                 template_variables(tree).keys() - {"tools"} for tree in itertools.islice(train.trees, FIRST_ROWS)
             )
-            if said := unread_options(
-                self.tokenizer, {*data.template_options, *itertools.chain.from_iterable(of_rows)}
+            if warning := unread_options(
+                self.tokenizer, {*data.template_options, *itertools.chain.from_iterable(row_variables)}
             ):
-                self.console.note(f"{said} (data.template_options, or chat_template_kwargs of the rows)")
+                self.console.note(f"{warning} (data.template_options, or chat_template_kwargs of the rows)")
         return self.tokenize(train), None if heldout is None else self.tokenize(heldout)
 
     def tokenize(self, dataset: Dataset, on_bad_row: str | None = None) -> TokenizedDataset:
@@ -269,7 +273,7 @@ class Rows:
         """Map each row to its prompt with a completion from the next row with another prompt, numbered after all other rows."""
         if "z0" not in self.method.needs:
             return {}
-        found: dict[int, TokenTree] = {}
+        mismatched: dict[int, TokenTree] = {}
         offset = sum(map(len, self.trees))
         for trees in self.trees:
             partners = mismatched_rows([t.prompt_key for t in trees])
@@ -280,11 +284,15 @@ class Rows:
             for tree, partner in zip(trees, partners or [], strict=True):
                 other = trees[partner]
                 ids = other.completion_ids[tree.row % len(other.completion_ids)]
-                room = max(1, self.config.data.max_length - len(tree.prompt_ids))
-                found[tree.row] = TokenTree(
-                    offset + tree.row, tree.prompt_ids, (ids[:room],), (len(ids) > room,), pictures=tree.pictures
+                max_tokens = max(1, self.config.data.max_length - len(tree.prompt_ids))
+                mismatched[tree.row] = TokenTree(
+                    offset + tree.row,
+                    tree.prompt_ids,
+                    (ids[:max_tokens],),
+                    (len(ids) > max_tokens,),
+                    pictures=tree.pictures,
                 )
-        return found
+        return mismatched
 
     @cached_property
     def prompts_by_source(self) -> Mapping[str, PromptTree | None]:
@@ -305,17 +313,17 @@ class Rows:
         """The data audit of every split; an audit with additional `counters` is not shared between runs."""
         train, heldout = self.datasets
         splits = {"train": train} | ({"held out": heldout} if heldout is not None else {})
-        whole, path = self.loaded["train"], self.config.data.path
+        all_rows, path = self.loaded["train"], self.config.data.path
 
         def run() -> Audit:
-            tokens = self.tokenize(whole, on_bad_row="skip") if tokenize else None
+            tokens = self.tokenize(all_rows, on_bad_row="skip") if tokenize else None
             if counters:
-                return run_audit(whole, tokens, splits, path, languages=languages, counters=counters)
-            return self.cache.audit(whole, tokens, splits, path, languages=languages)
+                return run_audit(all_rows, tokens, splits, path, languages=languages, counters=counters)
+            return self.cache.audit(all_rows, tokens, splits, path, languages=languages)
 
         if counters:
             return run()  # keys do not cover a user's own functions
-        return self.shared.once(("audit", tokenize, languages, *dataset_key(whole), *self.key), run)
+        return self.shared.once(("audit", tokenize, languages, *dataset_key(all_rows), *self.key), run)
 
     # ---- keys for what runs can share ----------------------------------------------------------------------------------
 
@@ -341,18 +349,18 @@ def within_context(config: RunConfig, note: Callable[[str], None] = lambda text:
     """
     data, source = config.data, config.model
     try:
-        found = load_model_config(source.path, source.revision)
-        limit = getattr(found.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(limit, int) or limit < 1 or (config.method.learns_reward and is_encoder(found)):
+        model_config = load_model_config(source.path, source.revision)
+        limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(limit, int) or limit < 1 or (config.method.learns_reward and is_encoder(model_config)):
             return config  # an encoder's rows are truncated to its limit (`RewardModelParts`)
     except PenchantError:
         return config  # the model may be gone; whatever needs it will report that
     rollouts = config.method.rollouts
     room = max(8, limit - (rollouts.max_new_tokens if rollouts is not None else 0))
-    given = "max_length" in data.model_fields_set
-    if data.max_length <= (limit if given else room):
+    is_set = "max_length" in data.model_fields_set
+    if data.max_length <= (limit if is_set else room):
         return config
-    if given:
+    if is_set:
         what = f"{data.max_length} is beyond the model's context of {limit}"
         raise ConfigError("data.max_length", what, f"set it to at most {limit}, or to auto")
     note(f"data.max_length: {room}, since the model's context is {limit} (the default is {data.max_length})")

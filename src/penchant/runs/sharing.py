@@ -12,7 +12,7 @@ Key = tuple[Hashable, ...]
 SMALL_OBJECTS_PER_MODEL = 16  # small objects kept per model
 
 
-class Alone:
+class Uncached:
     """For a single run: objects are made on request and nothing is cached."""
 
     def once(self, key: Key, make: Callable[[], T]) -> T:
@@ -28,7 +28,7 @@ class Alone:
         return make()
 
 
-class Shared(Alone):
+class ObjectCache(Uncached):
     """Caches objects by key; the least recently used are dropped first.
 
     Args:

@@ -62,8 +62,10 @@ def planned_action(
         return Planned(member.name, "run", "not started")
     state = record["state"]
     if last is None and not (state == "stopped" and state in ended and member.folder.exists()):
-        lost = state in ended or state in ("paused", "cut")
-        return Planned(member.name, "run", "its checkpoints are gone" if lost else "started, no checkpoint yet")
+        had_checkpoints = state in ended or state in ("paused", "cut")
+        return Planned(
+            member.name, "run", "its checkpoints are gone" if had_checkpoints else "started, no checkpoint yet"
+        )
     changed = changes(record["inputs"], inputs)
     if changed:
         return Planned(member.name, "changed", "; ".join(changed))
@@ -121,12 +123,12 @@ class State:
 # ---- The inputs of a run ----
 
 
-def model_folder(folder: Path, which: str | None) -> Path:
+def model_folder(folder: Path, checkpoint_name: str | None) -> Path:
     """The model folder of a run's checkpoint.
 
     Args:
         folder: the run folder.
-        which: ``last``, ``best``, a step number, or None: the best if it is tracked and kept, else the last.
+        checkpoint_name: ``last``, ``best``, a step number, or None: the best if it is tracked and kept, else the last.
 
     Raises:
         CheckpointError: there is no such checkpoint.
@@ -135,12 +137,12 @@ def model_folder(folder: Path, which: str | None) -> Path:
     if last is None:
         raise CheckpointError(str(folder), "has no checkpoint", "train it first")
     name = last.name
-    if which not in ("last", None, "best"):
-        name = f"step-{which}"
-    elif which != "last":
+    if checkpoint_name not in ("last", None, "best"):
+        name = f"step-{checkpoint_name}"
+    elif checkpoint_name != "last":
         best = checkpoint_state(last).get("best_step")
         has_best = best is not None and (folder / CHECKPOINTS / f"step-{best}" / MANIFEST).exists()
-        if which == "best" and not has_best:
+        if checkpoint_name == "best" and not has_best:
             how = "hold something out and set checkpoint.keep_best, or use @last"
             raise CheckpointError(str(folder), "has no best checkpoint", how)
         name = f"step-{best}" if has_best else last.name
@@ -154,8 +156,8 @@ def model_folder(folder: Path, which: str | None) -> Path:
 
 def checkpoint_hashes(folder: Path) -> dict[str, str]:
     """``{checkpoint: SHA-256 of its model}`` for the best and the last checkpoint."""
-    found = {model_folder(folder, which) for which in (None, "last")}
-    return {model.parent.name: model_sha256(model) for model in sorted(found)}
+    folders = {model_folder(folder, which) for which in (None, "last")}
+    return {model.parent.name: model_sha256(model) for model in sorted(folders)}
 
 
 def run_inputs(
@@ -185,10 +187,10 @@ def file_hashes(config: RunConfig, *rewards: Any) -> Inputs:
         "model.adapter": config.model.adapter,
         "reference.path": config.reference.path,
     }
-    found = {k: _resolve_model_folder(Path(p).expanduser()) for k, p in paths.items() if p is not None}
-    local = {k: folder for k, folder in found.items() if folder.is_dir()}
-    hashes = {name: found for reward in rewards for name, found in reward_hashes(reward).items()}
-    return {"models": {key: model_sha256(folder) for key, folder in local.items()}, "rewards": hashes}
+    folders = {k: _resolve_model_folder(Path(p).expanduser()) for k, p in paths.items() if p is not None}
+    existing = {k: folder for k, folder in folders.items() if folder.is_dir()}
+    hashes = {name: sha256 for reward in rewards for name, sha256 in reward_hashes(reward).items()}
+    return {"models": {key: model_sha256(folder) for key, folder in existing.items()}, "rewards": hashes}
 
 
 def _resolve_model_folder(folder: Path) -> Path:
@@ -215,32 +217,32 @@ def reward_terms(reward: Any) -> list[str]:
 
 def reward_hashes(reward: Any) -> dict[str, str]:
     """SHA-256 of every file and model folder that a reward names."""
-    found = {}
+    hashes = {}
     for name in reward_terms(reward):
         file = Path(name.rpartition(":")[0]).expanduser()
         folder = Path(name).expanduser()
         if file.suffix == ".py" and file.is_file():
-            found[str(file.resolve())] = file_sha256(file)
-            found |= {f"{file.resolve()}: {beside}": sha256 for beside, sha256 in imported_sha256(name).items()}
+            hashes[str(file.resolve())] = file_sha256(file)
+            hashes |= {f"{file.resolve()}: {imported}": sha256 for imported, sha256 in imported_sha256(name).items()}
         elif folder.is_dir():
-            run = (folder / CHECKPOINTS).is_dir()
-            found[str(folder.resolve())] = model_sha256(model_folder(folder, None) if run else folder)
-    return found
+            is_run = (folder / CHECKPOINTS).is_dir()
+            hashes[str(folder.resolve())] = model_sha256(model_folder(folder, None) if is_run else folder)
+    return hashes
 
 
 def changes(old: Inputs, new: Inputs) -> list[str]:
     """Describe each difference between two inputs of a stage; empty if there is none."""
     defaults = json.loads(json.dumps(default_settings()))
     new = json.loads(json.dumps(new))
-    found = differences(old.get("config"), new.get("config"), defaults=defaults)
-    for part, words in CHANGE_MESSAGES.items():
+    messages = differences(old.get("config"), new.get("config"), defaults=defaults)
+    for part, template in CHANGE_MESSAGES.items():
         before, now = old.get(part, {}), new.get(part, {})
         for key in sorted({*before, *now}):
             if ": " in key and part not in ("data", "models") and not any(": " in k for k in before):
                 continue  # an older version did not hash a file's imports
             if before.get(key) != now.get(key):
-                found.append(words.format(key) + f" ({_short(before.get(key))} -> {_short(now.get(key))})")
-    return found
+                messages.append(template.format(key) + f" ({_short(before.get(key))} -> {_short(now.get(key))})")
+    return messages
 
 
 def _short(sha256: str | None) -> str:

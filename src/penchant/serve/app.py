@@ -69,8 +69,8 @@ class Scheduler:
             ApiError: too many prompts are waiting.
         """
         if len(starts) > self._capacity - len(self._prompts):
-            what = "too many requests are waiting; try again in a moment"
-            raise ApiError(429, what, code="rate_limit_exceeded", kind="rate_limit_error")
+            message = "too many requests are waiting; try again in a moment"
+            raise ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error")
         tasks = [asyncio.create_task(self._generate(start, partial(notify, i))) for i, start in enumerate(starts)]
         for task in tasks:
             self._prompts.add(task)
@@ -158,7 +158,7 @@ class App:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check the Host header and the key, then answer."""
         path = scope.get("path", "")
-        known = path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "(unknown)"
+        logged_path = path if path in PATHS else "/v1/models" if path.startswith("/v1/models/") else "(unknown)"
         error_response = _error_response(ApiError(500, "something went wrong in the server", kind="server_error"))
         choose_app = partial(self._choose_app, scope)
         await handle_request(
@@ -169,7 +169,7 @@ class App:
             error_response=error_response,
             headers=_add_headers,
             log=log,
-            path=known,
+            path=logged_path,
         )
 
     def _choose_app(self, scope: Scope) -> ASGIApp:
@@ -182,8 +182,8 @@ class App:
             return ApiError(403, "this server only answers to names of this machine", code="wrong_host")
         if self.key is None or path in ("/health", "/healthz"):
             return None
-        kind, _, given = headers.get("authorization", "").partition(" ")
-        if kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode()):
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), self.key.encode()):
             return None
         return ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
 
@@ -211,8 +211,8 @@ class App:
 
     def _check_name(self, name: str, param: str | None) -> None:
         if name != self.name:
-            what = f"there is no model {name[:80]!r} here, only {self.name!r}"
-            raise ApiError(404, what, param=param, code="model_not_found")
+            message = f"there is no model {name[:80]!r} here, only {self.name!r}"
+            raise ApiError(404, message, param=param, code="model_not_found")
 
     async def _complete(self, kind: type[openai.Request], request: Request) -> Response:
         """Handle both endpoints that generate."""
@@ -246,8 +246,8 @@ class App:
         ids, continued = token_ids(model, prompt, params.template_variables)
         room = model.context - len(ids)
         if room < 1:
-            what = f"the prompt has {len(ids)} tokens and the model's context is {model.context}"
-            raise ApiError(400, what, param="prompt" if continued else "messages", code="context_length_exceeded")
+            message = f"the prompt has {len(ids)} tokens and the model's context is {model.context}"
+            raise ApiError(400, message, param="prompt" if continued else "messages", code="context_length_exceeded")
         max_new_tokens = min(room, params.max_new_tokens or self.limits.max_tokens)
         stops = [*params.stop, *(() if continued else model.style.stops)]
         return Completions(model, ids, params.sampling(max_new_tokens), stops, continued=continued)
@@ -323,8 +323,8 @@ class _Running:
     @property
     def usage(self) -> Json:
         """Token counts of the prompts read and the completions generated so far."""
-        prompt, written = sum(len(c.prompt) for c in self._started), sum(c.tokens for c in self._started)
-        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+        prompt, completion = sum(len(c.prompt) for c in self._started), sum(c.tokens for c in self._started)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
     async def _read_events(self, remaining: int) -> AsyncIterator[tuple[int, Event]]:
         """Yield (index of the prompt, event).
@@ -338,8 +338,8 @@ class _Running:
                 async with asyncio.timeout_at(deadline):
                     number, event = await self._queue.get()
             except TimeoutError as error:
-                what = f"the answer took longer than {self._seconds:g} seconds"
-                raise ApiError(503, what, code="timeout", kind="server_error") from error
+                message = f"the answer took longer than {self._seconds:g} seconds"
+                raise ApiError(503, message, code="timeout", kind="server_error") from error
             if isinstance(event, (ApiError, ClientDisconnect)):
                 raise event
             if isinstance(event, Exception):
@@ -357,10 +357,10 @@ async def _stream(
     """Yield server-sent events; an error after the first one becomes the last event."""
 
     def chunks(number: int, event: Event) -> list[str]:
-        at = number * params.n
+        offset = number * params.n
         if isinstance(event, Completions):
-            return [_sse_event(as_json(chunk)) for chunk in responses.opening_chunks(range(at, at + params.n))]
-        return [_sse_event(as_json(responses.chunk(at + event.row, event)))] if isinstance(event, Piece) else []
+            return [_sse_event(as_json(chunk)) for chunk in responses.opening_chunks(range(offset, offset + params.n))]
+        return [_sse_event(as_json(responses.chunk(offset + event.row, event)))] if isinstance(event, Piece) else []
 
     try:
         for chunk in chunks(*first):
@@ -414,8 +414,8 @@ async def _handle_api_error(_: Request, error: ApiError) -> Response:
 
 async def _handle_http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == 405:
-        what = f"{request.method[:20]} is not allowed for this path"
-        return _error_response(ApiError(405, what, code="method_not_allowed"))
+        message = f"{request.method[:20]} is not allowed for this path"
+        return _error_response(ApiError(405, message, code="method_not_allowed"))
     return _error_response(ApiError(404, f"there is no {request.url.path[:80]}", code="not_found"))
 
 

@@ -51,18 +51,18 @@ class Wrapper:
 
 
 def _wrap(line: str, width: int) -> list[str]:
-    made = []
+    lines = []
     while cell_len(line.rstrip(" ")) > width:
         head = chop_cells(line, width)[0]
         rest = line[len(head) :]
         if not head:  # one character is wider than the line
             head, rest = line[:1], line[1:]
-        at = head.rfind(" ")
-        if not rest.startswith(" ") and at > 0 and head[:at].strip(" "):
-            head, rest = line[:at], line[at + 1 :]
-        made.append(head.rstrip(" "))
+        space = head.rfind(" ")
+        if not rest.startswith(" ") and space > 0 and head[:space].strip(" "):
+            head, rest = line[:space], line[space + 1 :]
+        lines.append(head.rstrip(" "))
         line = rest.lstrip(" ")
-    return [*made, line]
+    return [*lines, line]
 
 
 class OneColumn:
@@ -109,12 +109,12 @@ class TwoColumns:
 
     def end(self) -> None:
         """Write the remaining lines of the longer side."""
-        for at in range(self._final_lines, max(len(s.lines) for s in self._sides)):
-            self._out.write(f"\r\x1b[K{self._line(at)}\n")
+        for index in range(self._final_lines, max(len(s.lines) for s in self._sides)):
+            self._out.write(f"\r\x1b[K{self._line(index)}\n")
         self._out.flush()
 
-    def _line(self, at: int) -> str:
-        left, right = (s.lines[at] if at < len(s.lines) else "" for s in self._sides)
+    def _line(self, index: int) -> str:
+        left, right = (s.lines[index] if index < len(s.lines) else "" for s in self._sides)
         return f"{set_cell_size(left, self._width)}{GAP}{right}".rstrip(" ")
 
 
@@ -439,8 +439,8 @@ class Chat:
             return
         last = self.last
         if last is None or last.judged:
-            why = "ask something first" if last is None else "this answer is already judged"
-            self.terminal.note(f"there is nothing to judge: {why}")
+            reason = "ask something first" if last is None else "this answer is already judged"
+            self.terminal.note(f"there is nothing to judge: {reason}")
             return
         names = [self.models[i].name for i in last.order]
         prompt = self.conversation.prompt_row(last.message, last.dropped)
@@ -453,12 +453,12 @@ class Chat:
             self.terminal.note(f"{which} answer is empty and cannot be trained on; nothing was written")
             return
         file = Path(self.options.prefer or "preferences.jsonl").expanduser()
-        first, second, one, other = ("left", "right", 0, 1) if side is None else ("chosen", "rejected", side, 1 - side)
+        first, second, i, j = ("left", "right", 0, 1) if side is None else ("chosen", "rejected", side, 1 - side)
         if side is None:
             # a row with two answers and no verdict would train as if the first were better
             file = file.with_name(f"{file.name.removesuffix('.jsonl')}.ties.jsonl")
-        row = {"prompt": prompt, first: last.texts[one], second: last.texts[other]}
-        row |= {f"{first}_by": names[one], f"{second}_by": names[other], **self.conversation.template_variables}
+        row = {"prompt": prompt, first: last.texts[i], second: last.texts[j]}
+        row |= {f"{first}_by": names[i], f"{second}_by": names[j], **self.conversation.template_variables}
         if not self.append(file, [row]):
             return
         winner = "neither" if side is None else names[side]
@@ -491,9 +491,9 @@ def _help(chat: Chat, _: str) -> None:
     if not chat.conversation.keeps_history:
         chat.terminal.note("  an empty line        continue the text so far")
     if len(chat.models) == 2:
-        both = "both models see one conversation"
+        note = "both models see one conversation"
         chat.terminal.note(
-            f"{both}: the conversation continues with the better answer, or with the left one if you do not choose"
+            f"{note}: the conversation continues with the better answer, or with the left one if you do not choose"
         )
 
 
@@ -544,13 +544,13 @@ def _save(chat: Chat, file: str) -> None:
     turns = list(chat.conversation.turns)
     if chat.last is not None:
         turns.append(Turn(chat.last.message, chat.last.texts[0]))
-    whole = replace(chat.conversation, turns=[t for t in turns if t.answer.strip()])
-    if not whole.turns:
+    conversation = replace(chat.conversation, turns=[t for t in turns if t.answer.strip()])
+    if not conversation.turns:
         chat.terminal.note("there is nothing to save")
         return
-    if len(whole.turns) < len(turns):
-        chat.terminal.note(f"(turns with an empty answer are left out: {len(turns) - len(whole.turns)})")
-    chat.append(Path(file).expanduser(), whole.rows())
+    if len(conversation.turns) < len(turns):
+        chat.terminal.note(f"(turns with an empty answer are left out: {len(turns) - len(conversation.turns)})")
+    chat.append(Path(file).expanduser(), conversation.rows())
 
 
 # name: (arguments, help text, function, which returns True if the session ends)

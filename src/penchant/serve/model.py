@@ -151,12 +151,12 @@ class ChatModel:
             TemplateRefused: the text contains a token that the model has no embedding for.
         """
         ids = list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        first = self._leading_bos
-        if first is not None and ids[:1] != [first]:
-            ids = [first, *ids]
+        bos = self._leading_bos
+        if bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
         if not ids:
-            first = self.tokenizer.bos_token_id
-            ids = [self.tokenizer.eos_token_id if first is None else first]
+            bos = self.tokenizer.bos_token_id
+            ids = [self.tokenizer.eos_token_id if bos is None else bos]
         if max(ids) >= (embeddings := self.model.get_input_embeddings().weight.shape[0]):
             raise TemplateRefused(
                 f"the text contains token {max(ids):,}, but the model has only {embeddings:,} embeddings"
@@ -197,18 +197,18 @@ def load_chat_model(
     source = _find_source(path, step, base)
     settings = source.base if source.run is None else source.run.model
     check_text_alone(settings, path, "talking to a model")
-    where = resolve_device(device or settings.device)
+    torch_device = resolve_device(device or settings.device)
     tokenizer = load_tokenizer(source.tokenizer, settings.revision if source.adapter is None else None)
     run_template, options = (
         ("auto", None) if source.run is None else (source.run.data.template, source.run.data.template_options)
     )
     style = choose_style(template, tokenizer, run_template=run_template, fallback_style=fallback_style, options=options)
-    model = source.load(where)
-    cast_parameters(model, resolve_dtype(dtype or settings.dtype, where))
+    model = source.load(torch_device)
+    cast_parameters(model, resolve_dtype(dtype or settings.dtype, torch_device))
     check_precision(model)
     model.eval()
-    ends = end_ids(tokenizer, model)
-    chat_model = ChatModel(path, model, tokenizer, style, ends, context_length(model, tokenizer))
+    eos_ids = end_ids(tokenizer, model)
+    chat_model = ChatModel(path, model, tokenizer, style, eos_ids, context_length(model, tokenizer))
     _ = chat_model.decoder  # pack the weights now rather than at the first question
     return chat_model
 
@@ -224,8 +224,8 @@ def _find_source(path: str, step: str, base: str | None) -> Source:
 def context_length(model: Any, tokenizer: Any) -> int:
     """Return the model's context length: prompt and answer together, in tokens."""
     config = model.config
-    found = getattr(config, "max_position_embeddings", None)
-    if isinstance(found, int) and found > 0:
-        return found
+    max_positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(max_positions, int) and max_positions > 0:
+        return max_positions
     length = int(getattr(tokenizer, "model_max_length", 0) or 0)
     return length if 0 < length < ENDLESS else UNKNOWN_CONTEXT

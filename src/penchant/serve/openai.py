@@ -119,7 +119,7 @@ class ChatMessage(_Input):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
         list[Annotated[TextPart, BeforeValidator(_check_text_part)]],
-        BeforeValidator(lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given),
+        BeforeValidator(lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value),
         Field(min_length=1),
     ]
     reasoning_content: str = ""
@@ -132,10 +132,10 @@ class ChatMessage(_Input):
     def _without_empty_extras(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        kept = {k: v for k, v in value.items() if k == "content" or v not in (None, [], "")}
-        if kept.get("tool_calls") and not kept.get("content"):
-            kept["content"] = ""
-        return kept
+        fields = {k: v for k, v in value.items() if k == "content" or v not in (None, [], "")}
+        if fields.get("tool_calls") and not fields.get("content"):
+            fields["content"] = ""
+        return fields
 
     @field_validator("tool_call_id", "name")
     @classmethod
@@ -164,8 +164,8 @@ class ChatMessage(_Input):
         )
 
 
-def _tool_calls_json(given: Objects) -> str:
-    return row.as_message({"role": "assistant", "tool_calls": given}, "it").tool_calls
+def _tool_calls_json(calls: Objects) -> str:
+    return row.as_message({"role": "assistant", "tool_calls": calls}, "it").tool_calls
 
 
 def _read_value(reader: Callable[[], Any]) -> Any:
@@ -177,8 +177,8 @@ def _read_value(reader: Callable[[], Any]) -> Any:
     try:
         return reader()
     except RowError as error:
-        said = f"cannot be read: {error.what}; {error.how}".replace("{", "{{").replace("}", "}}")
-        raise PydanticCustomError("invalid_value", said) from error  # type: ignore[arg-type]
+        message = f"cannot be read: {error.what}; {error.how}".replace("{", "{{").replace("}", "}}")
+        raise PydanticCustomError("invalid_value", message) from error  # type: ignore[arg-type]
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -197,7 +197,7 @@ class Request(_Input):
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1, default_factory=lambda: secrets.randbits(63))]
     stop: Annotated[
         list[Annotated[str, Field(min_length=1)]],
-        BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
         Field(max_length=MAX_STOPS),
     ] = []
     stream: bool = False
@@ -296,9 +296,9 @@ class ChatRequest(Request):
 
     @property
     def template_variables(self) -> Json:
-        listed = row.tools({"tools": self.tools, "functions": self.functions})
-        own = {k: v for k, v in self.chat_template_kwargs.items() if v is not None}
-        return {**own, **({"tools": json.loads(listed)} if listed and self.tool_choice != "none" else {})}
+        tools_json = row.tools({"tools": self.tools, "functions": self.functions})
+        variables = {k: v for k, v in self.chat_template_kwargs.items() if v is not None}
+        return {**variables, **({"tools": json.loads(tools_json)} if tools_json and self.tool_choice != "none" else {})}
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -331,8 +331,8 @@ class TextRequest(Request):
 
     @property
     def prompts(self) -> list[Prompt]:
-        given: Any = self.prompt
-        prompts = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+        prompt: Any = self.prompt
+        prompts = prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
         return [p if isinstance(p, str) else tuple(p) for p in prompts]
 
     @property
@@ -372,8 +372,8 @@ def read_request(kind: type[Request], body: bytes) -> Request:
     elif name in SHAPES:
         what = SHAPES[name]
     elif code == "unsupported_parameter" and name not in kind.model_fields:
-        near = closest(name, kind.model_fields)
-        what = "is not known to this server" + (f'; did you mean "{near}"?' if near else "")
+        suggestion = closest(name, kind.model_fields)
+        what = "is not known to this server" + (f'; did you mean "{suggestion}"?' if suggestion else "")
     raise invalid(name[:160], what, code)
 
 

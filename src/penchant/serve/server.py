@@ -76,14 +76,14 @@ def listen(host: str, port: int) -> socket.socket:
         ConfigError: the address cannot be bound.
     """
     try:
-        found = socket.getaddrinfo("127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM)
-        family, *_, address = found[0]
+        addresses = socket.getaddrinfo("127.0.0.1" if host == "localhost" else host, port, type=socket.SOCK_STREAM)
+        family, *_, address = addresses[0]
         dual_stack = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # :: means every address of this machine
         return socket.create_server(address, family=family, backlog=128, dualstack_ipv6=dual_stack)
     except (OSError, UnicodeError, OverflowError) as error:
-        taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
-        why = "another program listens there already" if taken else str(error)
-        raise ConfigError(f"{host}:{port}", f"cannot be bound: {why}", "choose another --port or --host") from error
+        in_use = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+        reason = "another program listens there already" if in_use else str(error)
+        raise ConfigError(f"{host}:{port}", f"cannot be bound: {reason}", "choose another --port or --host") from error
 
 
 def server_url(bound: socket.socket, path: str = "/v1") -> str:

@@ -81,10 +81,10 @@ class _PackedDecoder:
         return self._decoder.step(tokens, torch.zeros(count, dtype=torch.int64), ages, self._lengths)
 
     def keep_rows(self, active: Tensor) -> Tensor:
-        stay = int(active.sum())
-        order = torch.arange(stay)
-        holes = (~active[:stay]).nonzero().squeeze(1)
-        order[holes] = active[stay:].nonzero().squeeze(1) + stay
+        count = int(active.sum())
+        order = torch.arange(count)
+        holes = (~active[:count]).nonzero().squeeze(1)
+        order[holes] = active[count:].nonzero().squeeze(1) + count
         if self._generated:
             self._decoder.move_rows(order[holes].tolist(), holes.tolist(), self._generated)
         return order
@@ -142,8 +142,8 @@ class Stream:
         self._tokens: Tensor | None = None
         self._counts: Tensor | None = None
         self._step = 0
-        drawn = [row_uniforms(sampling.seed, sampling.turn, sampling.attempt + i, new_tokens) for i in range(n)]
-        self._uniforms = torch.from_numpy(np.stack(drawn))
+        uniforms = [row_uniforms(sampling.seed, sampling.turn, sampling.attempt + i, new_tokens) for i in range(n)]
+        self._uniforms = torch.from_numpy(np.stack(uniforms))
 
     @property
     def done(self) -> bool:
@@ -166,8 +166,8 @@ class Stream:
             self._step += 1
             last = ended | (self._step >= self._sampling.max_new_tokens)
             logps, likeliest = self._log_probs(logits, tokens)
-            rows, drawn = self._rows.tolist(), tokens.tolist()
-            columns = (rows, drawn, logps, likeliest, ended.tolist(), last.tolist())
+            rows, token_ids = self._rows.tolist(), tokens.tolist()
+            columns = (rows, token_ids, logps, likeliest, ended.tolist(), last.tolist())
             sampled_tokens = [SampledToken(*values) for values in zip(*columns, strict=True)]
             self._tokens = tokens
             self._keep_rows(~last)
@@ -221,7 +221,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any, before: Sequence[int] = (), freeze: int = 64) -> None:
         self._tokenizer, self._freeze = tokenizer, freeze
-        self._before: list[int] = []
+        self._context: list[int] = []
         self._skip = ""
         self._ids: list[int] = []
         self._returned = ""  # text already returned for the tokens in _ids
@@ -233,14 +233,14 @@ class Detokenizer:
 
     def _settle(self, ids: list[int]) -> None:
         """Treat the text of these tokens as final."""
-        last = ids[-CONTEXT:]
-        skip = self._decode(last) if last else ""
+        tail = ids[-CONTEXT:]
+        skip = self._decode(tail) if tail else ""
         if BROKEN not in skip:  # otherwise the last character may still change
-            self._before, self._skip, self._ids, self._returned = last, skip, [], ""
+            self._context, self._skip, self._ids, self._returned = tail, skip, [], ""
 
     def _text(self) -> str:
         """Return the text of the tokens in _ids, with partial characters as U+FFFD."""
-        return self._decode([*self._before, *self._ids])[len(self._skip) :]
+        return self._decode([*self._context, *self._ids])[len(self._skip) :]
 
     def add(self, token: int) -> str:
         """Return the characters that one more token completes; may be empty."""
@@ -248,7 +248,7 @@ class Detokenizer:
         text = self._text()
         piece = self._new_text(text.rstrip(BROKEN))
         if len(self._ids) >= self._freeze and self._returned == text:
-            self._settle([*self._before, *self._ids])
+            self._settle([*self._context, *self._ids])
         return piece
 
     def flush(self) -> str:
@@ -272,22 +272,22 @@ class StopFilter:
 
     def __init__(self, texts: Sequence[str]) -> None:
         self._texts = tuple(texts)
-        self._held = ""
+        self._pending = ""
 
     def add(self, piece: str) -> tuple[str, bool]:
         """Return (text that is safe to show, whether a stop text was found)."""
-        text = self._held + piece
-        found = [at for at in (text.find(t) for t in self._texts) if at >= 0]
-        if found:
-            self._held = ""
-            return text[: min(found)], True
+        text = self._pending + piece
+        starts = [start for start in (text.find(t) for t in self._texts) if start >= 0]
+        if starts:
+            self._pending = ""
+            return text[: min(starts)], True
         held = max((_overlap(text, t) for t in self._texts), default=0)
-        self._held = text[len(text) - held :]
+        self._pending = text[len(text) - held :]
         return text[: len(text) - held], False
 
     def flush(self) -> str:
         """Return the text held back as a possible beginning of a stop text."""
-        held, self._held = self._held, ""
+        held, self._pending = self._pending, ""
         return held
 
 
@@ -319,9 +319,9 @@ def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
 @lru_cache
 def _byte_decoder() -> dict[str, int]:
     """Map each character of a byte-level vocabulary to its byte: printable bytes to themselves, the others from U+0100 on."""
-    themselves = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in themselves]
-    return {chr(b): b for b in themselves} | {chr(0x100 + i): b for i, b in enumerate(others)}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
 # ---- the completions of one prompt ----
@@ -400,11 +400,11 @@ class Completions:
         row.count += 1
         if not sampled.ended:
             row.waiting.append(ShownToken(sampled, row.decoded))
-        new = "" if sampled.ended else row.detokenizer.add(sampled.token)
+        new_text = "" if sampled.ended else row.detokenizer.add(sampled.token)
         if sampled.last:
-            new += row.detokenizer.flush()
-        row.decoded += len(new)
-        text, stopped = row.stops.add(new)
+            new_text += row.detokenizer.flush()
+        row.decoded += len(new_text)
+        text, stopped = row.stops.add(new_text)
         if stopped:
             row.finish = STOP
             self._stream.stop(sampled.row)

@@ -89,8 +89,8 @@ class Studio:
 
     def __post_init__(self) -> None:
         self.folder = self.folder.expanduser().resolve()
-        found = [import_module(f"penchant.studio.{name}").area(self) for name in AREAS]
-        self.areas: list[Area] = found
+        areas = [import_module(f"penchant.studio.{name}").area(self) for name in AREAS]
+        self.areas: list[Area] = areas
         routes: list[BaseRoute] = [
             Route("/", self._home),
             Route("/login", self._login, methods=["GET", "POST"]),
@@ -143,16 +143,16 @@ class Studio:
     @cached_property
     def templates(self) -> jinja2.Environment:
         """The template environment of all areas."""
-        made = jinja2.Environment(
+        environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(HERE / "templates"),
             autoescape=True,
             trim_blocks=True,
             lstrip_blocks=True,
             undefined=jinja2.StrictUndefined,
         )
-        made.filters["inert"] = lambda text: Markup(text_html(str(text)))
-        made.filters["plain"] = lambda text: escape_hidden(str(text))
-        return made
+        environment.filters["inert"] = lambda text: Markup(text_html(str(text)))
+        environment.filters["plain"] = lambda text: escape_hidden(str(text))
+        return environment
 
     @staticmethod
     def _asset(name: str) -> str:
@@ -189,8 +189,8 @@ class Studio:
     async def _login(self, request: Request) -> Response:
         wrong = False
         if request.method == "POST":
-            given = await read_form(request)
-            if self._token_matches(given.get("token", "").strip()):
+            form = await read_form(request)
+            if self._token_matches(form.get("token", "").strip()):
                 return self._login_response("/")
             wrong = True
         return self.page(request, "login.html", 401 if wrong else 200, wrong=wrong)
@@ -202,17 +202,17 @@ class Studio:
         """Check that the request is allowed, then answer."""
         path = scope.get("path", "")
 
-        def headers(status: int, given: MutableHeaders) -> None:
+        def headers(status: int, response_headers: MutableHeaders) -> None:
             if path.startswith("/static/"):
-                given["cache-control"] = "private, max-age=86400"
+                response_headers["cache-control"] = "private, max-age=86400"
             for name, value in HEADERS.items():
-                given.setdefault(name, value)
+                response_headers.setdefault(name, value)
 
         def choose_app() -> ASGIApp:
             return self._refusal(Request(scope, receive)) or self._starlette
 
         error_response = PlainTextResponse("something went wrong in the studio; its log says what", 500)
-        shown = escape_hidden(path)[:80]
+        safe_path = escape_hidden(path)[:80]
         await handle_request(
             scope,
             receive,
@@ -221,7 +221,7 @@ class Studio:
             error_response=error_response,
             headers=headers,
             log=log,
-            path=shown,
+            path=safe_path,
         )
 
     def _refusal(self, request: Request) -> Response | None:
@@ -232,13 +232,13 @@ class Studio:
         path = request.url.path
         if path.startswith("/static/"):
             return None
-        given = request.query_params.get("token")
-        if given is not None and request.method == "GET":
-            rest = [(k, v) for k, v in request.query_params.multi_items() if k != "token"]
-            where = path + (f"?{urlencode(rest)}" if rest else "")
+        login_token = request.query_params.get("token")
+        if login_token is not None and request.method == "GET":
+            query = [(k, v) for k, v in request.query_params.multi_items() if k != "token"]
+            target = path + (f"?{urlencode(query)}" if query else "")
             return (
-                self._login_response("/" + where.lstrip("/"))
-                if self._token_matches(given)
+                self._login_response("/" + target.lstrip("/"))
+                if self._token_matches(login_token)
                 else RedirectResponse("/login", 303)
             )
         if request.method in CHANGES and not _same_site(headers):
@@ -259,8 +259,8 @@ class Studio:
     # ---- errors ----------------------------------------------------------------------------------------------------
 
     async def _handle_http_error(self, request: Request, error: HTTPException) -> Response:
-        what = error.detail if error.detail != "Not Found" else "there is no such page"
-        return self._error_page(request, error.status_code, what)
+        message = error.detail if error.detail != "Not Found" else "there is no such page"
+        return self._error_page(request, error.status_code, message)
 
     async def _handle_user_error(self, request: Request, error: PenchantError) -> Response:
         return self._error_page(request, 400, str(error))

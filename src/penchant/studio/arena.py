@@ -132,20 +132,20 @@ def area(studio: Studio) -> Area:
     sessions = Sessions(studio)
 
     async def index(request: Request) -> Response:
-        found = pairs.arenas(studio.folder)
+        arenas = pairs.arenas(studio.folder)
         counts = {}
-        for arena in found:
-            here = sessions.open(arena)
-            said = here.preferences.refresh()
-            real = sum(p.gold is None for p in here.pairs.values())
-            counts[arena.name] = real, len(said.judgements), len(said.records)
-        return studio.page(request, "arenas.html", arenas=found, counts=counts)
+        for arena in arenas:
+            opened = sessions.open(arena)
+            preferences = opened.preferences.refresh()
+            pair_count = sum(p.gold is None for p in opened.pairs.values())
+            counts[arena.name] = pair_count, len(preferences.judgements), len(preferences.records)
+        return studio.page(request, "arenas.html", arenas=arenas, counts=counts)
 
     async def new(request: Request) -> Response:
         if request.method == "POST":
             return await _create_arena(studio, await read_fields(request))
-        found = await run_in_threadpool(_sources, studio)
-        return studio.page(request, "arena_new.html", **found, settings=Settings())
+        sources = await run_in_threadpool(_sources, studio)
+        return studio.page(request, "arena_new.html", **sources, settings=Settings())
 
     async def judge(request: Request) -> Response:
         arena, annotator = sessions.arena_of(request), _annotator(request)
@@ -164,9 +164,9 @@ def area(studio: Studio) -> Area:
         return _redirect(f"/arena/{quote(sessions.arena_of(request).name)}", "")
 
     async def pair_panel(
-        request: Request, arena: Arena, annotator: str, note: str = "", undone: Judgement | None = None
+        request: Request, arena: Arena, annotator: str, note: str = "", undone_judgement: Judgement | None = None
     ) -> Response:
-        values = await run_in_threadpool(_pair_values, sessions, arena, annotator, note, undone)
+        values = await run_in_threadpool(_pair_values, sessions, arena, annotator, note, undone_judgement)
         return studio.page(request, "arena_pair.html", **values)
 
     async def item(request: Request) -> Response:
@@ -174,8 +174,8 @@ def area(studio: Studio) -> Area:
 
     async def submit(request: Request) -> Response:
         arena, annotator = sessions.arena_of(request), _require_annotator(request)
-        given = await read_fields(request)
-        note = await run_in_threadpool(_record_verdict, arena, annotator, given)
+        form = await read_fields(request)
+        note = await run_in_threadpool(_record_verdict, arena, annotator, form)
         return await pair_panel(request, arena, annotator, note)
 
     async def undo(request: Request) -> Response:
@@ -187,10 +187,10 @@ def area(studio: Studio) -> Area:
 
     async def live(request: Request) -> Response:
         arena, annotator = sessions.arena_of(request), _require_annotator(request)
-        shown = sessions.next(arena, annotator)
-        if shown is None or shown.pair.answers is not None:
+        current_item = sessions.next(arena, annotator)
+        if current_item is None or current_item.pair.answers is not None:
             return Response("event: done\ndata: {}\n\n", media_type="text/event-stream")
-        return StreamingResponse(_stream_answers(sessions, arena, shown), media_type="text/event-stream")
+        return StreamingResponse(_stream_answers(sessions, arena, current_item), media_type="text/event-stream")
 
     async def results(request: Request) -> Response:
         arena = sessions.arena_of(request)
@@ -258,13 +258,15 @@ def _redirect(where: str, annotator: str | None = None) -> Response:
 
 
 def _pair_values(
-    sessions: Sessions, arena: Arena, annotator: str, note: str = "", undone: Judgement | None = None
+    sessions: Sessions, arena: Arena, annotator: str, note: str = "", undone_judgement: Judgement | None = None
 ) -> dict[str, Any]:
     """Return the template values of a pair's page; none of them reveals which model wrote which answer."""
     item = sessions.next(arena, annotator)
     own_judgements = arena.preferences.of(annotator)
     values: dict[str, Any] = {"arena": arena, "annotator": annotator, "item": item, "note": note, "keys": KEYS}
-    values["reasons"], values["edited"] = ((), "") if undone is None else (undone.reasons, undone.edited or "")
+    values["reasons"], values["edited"] = (
+        ((), "") if undone_judgement is None else (undone_judgement.reasons, undone_judgement.edited or "")
+    )
     values["order"] = arena.preferences.records.get(annotator, 0)
     values["judged"] = len([j for j in own_judgements if j.repeat_of is None])
     values["can_undo"] = bool(own_judgements)
@@ -278,34 +280,34 @@ def _pair_values(
     return values
 
 
-def _record_verdict(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
+def _record_verdict(arena: Arena, annotator: str, form_fields: list[tuple[str, str]]) -> str:
     """Record a verdict and return a message to show, or "".
 
     A second verdict on one showing (a key pressed twice, a second window, a retry after a crash) has no effect.
     """
     with arena.locked():
-        return _record_verdict_locked(arena, annotator, given)
+        return _record_verdict_locked(arena, annotator, form_fields)
 
 
-def _record_verdict_locked(arena: Arena, annotator: str, given: list[tuple[str, str]]) -> str:
-    values = dict(given)
-    said = values.get("verdict", "")
-    if said not in VERDICT_BUTTONS:
+def _record_verdict_locked(arena: Arena, annotator: str, form_fields: list[tuple[str, str]]) -> str:
+    values = dict(form_fields)
+    button = values.get("verdict", "")
+    if button not in VERDICT_BUTTONS:
         raise HTTPException(400, "that is not a verdict")
     item = item_of(arena, annotator, values.get("pair", ""))
     if item is None or values.get("order") != str(item.order):
         return "That pair was judged already; here is the next one."
-    if item.pair.answers is None and said != "skip":
+    if item.pair.answers is None and button != "skip":
         raise HTTPException(409, "the answers are still being written")
     try:
         seconds = min(max(float(values.get("seconds", "")), 0.0), 86_400.0)
     except ValueError:
         seconds = 0.0
     other = "b" if item.left == "a" else "a"
-    verdict = {"left": item.left, "right": other}.get(said, said)
+    verdict = {"left": item.left, "right": other}.get(button, button)
     edited = values.get("edited", "").replace("\r\n", "\n")
-    about = arena.settings.models
-    hashes = [str(about.get(m, {}).get("sha256", "")) for m in item.pair.models]
+    sources = arena.settings.models
+    hashes = [str(sources.get(m, {}).get("sha256", "")) for m in item.pair.models]
     allowed = set(arena.settings.reasons)
     judgement = Judgement(
         id=secrets.token_hex(8),
@@ -321,7 +323,7 @@ def _record_verdict_locked(arena: Arena, annotator: str, given: list[tuple[str, 
         seconds=seconds if seconds == seconds else 0.0,
         gold=item.pair.gold,
         repeat_of=item.repeat_of,
-        reasons=tuple(v for k, v in given if k == "reason" and v in allowed),
+        reasons=tuple(v for k, v in form_fields if k == "reason" and v in allowed),
         edited=edited[:MAX_EDITED] if edited.strip() else None,
     )
     arena.preferences.append(judgement.to_json())
@@ -350,9 +352,9 @@ async def _stream_answers(sessions: Sessions, arena: Arena, item: Item) -> Async
     texts = ["", ""]
     writers = [arena.settings.writers.get(m, {}) for m in item.pair.models]
     try:
-        async for at, piece in sessions.writers.write(sessions.studio, writers, item.pair.prompt):
-            texts[at] += piece
-            yield event("left" if at == left else "right", text=piece)
+        async for index, piece in sessions.writers.write(sessions.studio, writers, item.pair.prompt):
+            texts[index] += piece
+            yield event("left" if index == left else "right", text=piece)
     except Exception as error:
         from penchant.base.text import told
 
@@ -367,56 +369,56 @@ async def _stream_answers(sessions: Sessions, arena: Arena, item: Item) -> Async
 
 def _sources(studio: Studio) -> dict[str, Any]:
     """List the sources of answers in this folder."""
-    found, offered = find_folders(studio.folder)[0], suggestions(studio.folder)
+    folders, suggested = find_folders(studio.folder)[0], suggestions(studio.folder)
 
     def folders_with(kind: str, file: str) -> list[str]:
-        return [f.path for f in found if f.kind == kind and (studio.folder / f.path / file).is_file()]
+        return [f.path for f in folders if f.kind == kind and (studio.folder / f.path / file).is_file()]
 
     return {
         "runs": folders_with("run", SAMPLES),
         "comparisons": folders_with("comparison", COMPARISON_ROWS),
-        "files": [name for name in offered["data.path"] if not name.startswith(f"{pairs.ARENAS}/")],
-        "models": offered["model.path"],
+        "files": [name for name in suggested["data.path"] if not name.startswith(f"{pairs.ARENAS}/")],
+        "models": suggested["model.path"],
     }
 
 
-async def _create_arena(studio: Studio, given: list[tuple[str, str]]) -> Response:
-    arena = await run_in_threadpool(_build_arena, studio, given)
+async def _create_arena(studio: Studio, form_fields: list[tuple[str, str]]) -> Response:
+    arena = await run_in_threadpool(_build_arena, studio, form_fields)
     return _redirect(f"/arena/{quote(arena.name)}")
 
 
-def _build_arena(studio: Studio, given: list[tuple[str, str]]) -> Arena:
-    values = dict(given)
+def _build_arena(studio: Studio, form_fields: list[tuple[str, str]]) -> Arena:
+    values = dict(form_fields)
     settings, writers = _parse_settings(values), {}
     kind = values.get("source", "")
     if kind == "runs":
-        runs = [studio.resolve(f"{v}/{SAMPLES}").parent for k, v in given if k == "run"]
+        runs = [studio.resolve(f"{v}/{SAMPLES}").parent for k, v in form_fields if k == "run"]
         if not runs:
             raise DataError("runs", "none is ticked", "tick one or more")
-        found = pairs.answers_from_runs(runs)
+        answers = pairs.answers_from_runs(runs)
     elif kind == "comparison":
-        found = pairs.answers_from_comparison(
+        answers = pairs.answers_from_comparison(
             studio.resolve(f"{values.get('comparison', '')}/{COMPARISON_ROWS}").parent
         )
     elif kind == "pairs":
-        found = pairs.answers_from_pairs(_data_file(studio, values.get("file", "")))
+        answers = pairs.answers_from_pairs(_data_file(studio, values.get("file", "")))
     elif kind == "prompts":
         writers = {letter: _parse_writer(studio, values, letter) for letter in ("one", "two")}
         names = [w.get("run") or w.get("model") or n for n, w in writers.items()]
         if names[0] == names[1]:
             names = [f"{names[0]} (1)", f"{names[1]} (2)"]
         writers = dict(zip(names, writers.values(), strict=True))
-        found = pairs.answers_to_generate(
+        answers = pairs.answers_to_generate(
             _read_prompts(studio, values), writers, {n: _checkpoint_hash(studio, w) for n, w in writers.items()}
         )
     else:
         raise DataError("source", "is not chosen", "choose where the answers come from")
-    made = pairs.make_pairs(found, settings.seed)
+    arena_pairs = pairs.make_pairs(answers, settings.seed)
     if values.get("checks_file"):
-        golden = pairs.answers_from_pairs(_data_file(studio, values["checks_file"]))
-        made += pairs.gold_pairs(golden)
-    settings = replace(settings, models=found.models, writers=writers)
-    return pairs.make_arena(studio.folder, values.get("name", "").strip(), settings, made)
+        check_answers = pairs.answers_from_pairs(_data_file(studio, values["checks_file"]))
+        arena_pairs += pairs.gold_pairs(check_answers)
+    settings = replace(settings, models=answers.models, writers=writers)
+    return pairs.make_arena(studio.folder, values.get("name", "").strip(), settings, arena_pairs)
 
 
 def _data_file(studio: Studio, name: str) -> Path:
@@ -427,15 +429,15 @@ def _data_file(studio: Studio, name: str) -> Path:
 
 
 def _read_prompts(studio: Studio, values: Mapping[str, str]) -> list[Any]:
-    typed = pairs.split_prompts(values.get("prompts", ""))
-    if not typed and not values.get("prompts_file"):
+    prompts = pairs.split_prompts(values.get("prompts", ""))
+    if not prompts and not values.get("prompts_file"):
         raise DataError("prompts", "there is none", "type some, or choose a file that holds some")
     if not values.get("prompts_file"):
-        return list(typed)
+        return list(prompts)
     from penchant.data.load import load_preferences, prompt_json
 
-    found = load_preferences(str(_data_file(studio, values["prompts_file"])), on_bad_row="skip")
-    return [*typed, *(prompt_json(t.prompt) for t in found.trees if t.prompt)]
+    preferences = load_preferences(str(_data_file(studio, values["prompts_file"])), on_bad_row="skip")
+    return [*prompts, *(prompt_json(t.prompt) for t in preferences.trees if t.prompt)]
 
 
 def _parse_writer(studio: Studio, values: Mapping[str, str], slot: str) -> dict[str, str]:

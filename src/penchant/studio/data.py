@@ -52,13 +52,8 @@ MAX_OPEN_FILES = 8  # files kept open
 COUNT_TIMEOUT = 0.05  # time limit for counting a file's rows when a page is shown; enough for most files
 MAX_PLACES = 1000  # places of an audit's finding that a filter can show
 ROW_BYTES = 4 << 20  # maximum size of an edited row
-TOKENIZATION_KEYS = (
-    "template",
-    "template_options",
-    "max_length",
-    "truncation",
-    "add_eos",
-)  # keys of a run's data that affect tokens
+# keys of a run's data that affect tokens
+TOKENIZATION_KEYS = ("template", "template_options", "max_length", "truncation", "add_eos")
 
 
 class Audits:
@@ -75,12 +70,12 @@ class Audits:
             if key in self._jobs:
                 return
             out = Path(self._folder.name) / f"{len(self._jobs)}.json"
-            asked = command(
+            arguments = command(
                 "data", "audit", f"./{path}", "--json", str(out), "--places", str(MAX_PLACES), "--shape", shape
             )
             with out.with_suffix(".log").open("wb") as log:
                 job = subprocess.Popen(
-                    asked, cwd=root, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                    arguments, cwd=root, env=environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
             self._jobs[key] = (job, out)
 
@@ -90,15 +85,15 @@ class Audits:
 
     def result(self, path: Path, shape: str) -> tuple[str, dict[str, Any]]:
         """Return (``none``, ``running``, ``done`` or an error message, the audit)."""
-        known = self._jobs.get(self._key(path, shape))
-        if known is None:
+        entry = self._jobs.get(self._key(path, shape))
+        if entry is None:
             return "none", {}
-        job, out = known
+        job, out = entry
         if job.poll() is None:
             return "running", {}
         if job.returncode:
-            said = out.with_suffix(".log").read_text(errors="replace").strip()
-            return said.rpartition("\n")[2] or "the audit failed", {}
+            log_text = out.with_suffix(".log").read_text(errors="replace").strip()
+            return log_text.rpartition("\n")[2] or "the audit failed", {}
         return "done", json_object(out.read_text(encoding="utf-8"))
 
     def close(self) -> None:
@@ -117,8 +112,8 @@ class Data:
         self._files: OrderedDict[tuple[Path, str], File] = OrderedDict()
         self._edits: dict[str, Edits] = {}
         self._tokenizers: dict[str, Any] = {}
-        own = {"size": gigabytes, "answers_of": answers_of, "turns_of": turns_of, "hidden": _hidden_fields}
-        studio.templates.globals |= own
+        template_globals = {"size": gigabytes, "answers_of": answers_of, "turns_of": turns_of, "hidden": _hidden_fields}
+        studio.templates.globals |= template_globals
         studio.templates.filters["as_json"] = as_json
 
     @property
@@ -155,70 +150,70 @@ class Data:
         """Return the opened file; it is opened again if it has changed."""
         if shape != "auto" and shape not in LAYOUTS:
             raise HTTPException(404, "there is no such layout")
-        whole = self.studio.folder / path
-        known = self._files.get((whole, shape))
-        if known is None or known.seen != stamp(whole):
-            known = File(whole, shape)
-        self._files[whole, shape] = known
-        self._files.move_to_end((whole, shape))
+        full_path = self.studio.folder / path
+        file = self._files.get((full_path, shape))
+        if file is None or file.seen != stamp(full_path):
+            file = File(full_path, shape)
+        self._files[full_path, shape] = file
+        self._files.move_to_end((full_path, shape))
         while len(self._files) > MAX_OPEN_FILES:
             self._files.popitem(last=False)
-        return known
+        return file
 
     def edits_of(self, path: str) -> Edits:
         return self._edits.setdefault(path, Edits(self.studio.folder, path))
 
     async def list(self, request: Request) -> Response:
         """List the data files in the folder."""
-        found = await run_in_threadpool(suggestions, self.studio.folder)
-        files = [(path, (self.studio.folder / path).stat().st_size) for path in found["data.path"]]
+        suggested = await run_in_threadpool(suggestions, self.studio.folder)
+        files = [(path, (self.studio.folder / path).stat().st_size) for path in suggested["data.path"]]
         return self.studio.page(request, "data_files.html", files=files)
 
     async def view(self, request: Request) -> Response:
-        asked = request.query_params
-        path, shape = self.data_path(asked.get("file", "")), asked.get("shape", "auto")
-        word, only, start = asked.get("q", "").strip()[:500], asked.get("only", ""), _parse_number(asked.get("line"), 1)
+        query = request.query_params
+        path, shape = self.data_path(query.get("file", "")), query.get("shape", "auto")
+        word, only, start = query.get("q", "").strip()[:500], query.get("only", ""), _parse_number(query.get("line"), 1)
         file = await run_in_threadpool(self.open_file, path, shape)
         if file.lines is not None:
             await run_in_threadpool(file.lines.scan, None, COUNT_TIMEOUT)
         state, audit = self.audits.result(file.path, shape)
         findings = {name: f for name, f in mapping(audit.get("findings")).items() if sequence(mapping(f).get("where"))}
-        made = await run_in_threadpool(self.edits_of(path).latest)
-        look = partial(self._page, file, start, word, only, findings, made)
-        page = await run_in_threadpool(look)
-        offered = await run_in_threadpool(suggestions, self.studio.folder)
-        items = [_with_edit(file, item, made) for item in page.items]
-        here = {"file": path, **({"shape": shape} if shape != "auto" else {})}
-        filters = {k: v for k, v in (("q", word), ("only", only), ("show", asked.get("show", ""))) if v}
+        edits = await run_in_threadpool(self.edits_of(path).latest)
+        load_page = partial(self._page, file, start, word, only, findings, edits)
+        page = await run_in_threadpool(load_page)
+        suggested = await run_in_threadpool(suggestions, self.studio.folder)
+        items = [_with_edit(file, item, edits) for item in page.items]
+        location = {"file": path, **({"shape": shape} if shape != "auto" else {})}
+        filters = {k: v for k, v in (("q", word), ("only", only), ("show", query.get("show", ""))) if v}
         return self.studio.page(
             request, "data_rows.html", file=file, name=path, shape=shape, items=items, page=page, start=start, word=word,
-            only=only, show=asked.get("show", ""), layouts=[*LAYOUTS], here=urlencode(here),
-            link=lambda **more: "/data/view?" + urlencode({**here, **filters, **{k: v for k, v in more.items() if v}}),
-            findings=findings, audit=state, edits=made, models=offered["model.path"],
-            tokenizer=asked.get("tokenizer", ""), back=max(1, start - ROWS), copy_name=_copy_name(path), anew=False,
+            only=only, show=query.get("show", ""), layouts=[*LAYOUTS], here=urlencode(location),
+            link=lambda **more: "/data/view?" + urlencode({**location, **filters, **{k: v for k, v in more.items() if v}}),
+            findings=findings, audit=state, edits=edits, models=suggested["model.path"],
+            tokenizer=query.get("tokenizer", ""), back=max(1, start - ROWS), copy_name=_copy_name(path), anew=False,
         )  # fmt: skip
 
     def _page(
-        self, file: File, start: int, word: str, only: str, findings: Mapping[str, Any], made: Mapping[str, Any]
+        self, file: File, start: int, word: str, filter_name: str, findings: Mapping[str, Any], edits: Mapping[str, Any]
     ) -> Page:
-        if only == "aside":
+        if filter_name == "aside":
             return file.page(start, wanted=is_quarantined, needle=word)
-        if only == "edited":
-            return self._page_of_places(file, start, [*made], word)
-        if only in findings:
-            return self._page_of_places(file, start, rows_of_places(sequence(findings[only].get("where"))), word)
+        if filter_name == "edited":
+            return self._page_of_places(file, start, [*edits], word)
+        if filter_name in findings:
+            return self._page_of_places(file, start, rows_of_places(sequence(findings[filter_name].get("where"))), word)
         return file.page(start, needle=word)
 
     def _page_of_places(self, file: File, start: int, where: Sequence[str], word: str) -> Page:
         """Return the rows at the given places."""
-        wanted: set[str] = set(where)
+        places: set[str] = set(where)
         if file.lines is None or file.grouped:
-            return file.page(start, wanted=lambda item: item.where in wanted, needle=word)
+            return file.page(start, wanted=lambda item: item.where in places, needle=word)
         items: list[Item] = []
         numbers = sorted({number for number in line_numbers(where) if number >= start})
-        for at, number in enumerate(numbers):
+        for i, number in enumerate(numbers):
             if len(items) == ROWS:
-                return Page(tuple(items), number, numbers[at - 1])
+                return Page(tuple(items), number, numbers[i - 1])
             items += [item for item in file.page(number, 1).items if item.number == number]
         return Page(tuple(items), None, numbers[-1] if numbers else start)
 
@@ -233,66 +228,66 @@ class Data:
 
     async def edit(self, request: Request) -> Response:
         """Show a row as JSON for editing, or record an edit."""
-        given = dict(request.query_params) if request.method == "GET" else await read_form(request, ROW_BYTES)
-        path, shape, where = self.data_path(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
+        form = dict(request.query_params) if request.method == "GET" else await read_form(request, ROW_BYTES)
+        path, shape, where = self.data_path(form.get("file", "")), form.get("shape", "auto"), form.get("where", "")
         file = await run_in_threadpool(self.open_file, path, shape)
-        item = await run_in_threadpool(self._find_item, file, where, _parse_number(given.get("line"), 1))
+        item = await run_in_threadpool(self._find_item, file, where, _parse_number(form.get("line"), 1))
         edits = self.edits_of(path)
         values: dict[str, Any] = {"name": path, "shape": shape, "error": "", "aside": False}
         if request.method == "GET":
-            known = edits.latest().get(where)
-            said = as_json(item.values if known is None or known.values is None else known.values)
-            return self.studio.page(request, "data_edit.html", item=item, said=said, **values)
+            latest = edits.latest().get(where)
+            row_json = as_json(item.values if latest is None or latest.values is None else latest.values)
+            return self.studio.page(request, "data_edit.html", item=item, said=row_json, **values)
         if not file.editable(item):
             raise HTTPException(
                 400, "this row cannot be edited: several rows make an example together, or one makes several"
             )
-        if given.get("action") == "drop":
+        if form.get("action") == "drop":
             await run_in_threadpool(edits.add, where, "dropped", content_hash(item))
         else:
-            said = given.get("row", "")
+            row_json = form.get("row", "")
             try:
-                row = parse_edited_row(said)
+                row = parse_edited_row(row_json)
                 converted = file.convert(row, where)
             except PenchantError as error:
                 return self.studio.page(
-                    request, "data_edit.html", item=item, said=said, **{**values, "error": str(error)}
+                    request, "data_edit.html", item=item, said=row_json, **{**values, "error": str(error)}
                 )
-            if converted.aside is not None and given.get("anyway") != "on":
-                why = f"it would be kept aside: {converted.aside[0]}; {converted.aside[1]}"
-                values |= {"error": why, "aside": True}
-                return self.studio.page(request, "data_edit.html", item=item, said=said, **values)
+            if converted.aside is not None and form.get("anyway") != "on":
+                reason = f"it would be kept aside: {converted.aside[0]}; {converted.aside[1]}"
+                values |= {"error": reason, "aside": True}
+                return self.studio.page(request, "data_edit.html", item=item, said=row_json, **values)
             await run_in_threadpool(edits.add, where, "changed", content_hash(item), row)
         return await self._row_page(request, file, path, shape, item)
 
     async def row(self, request: Request) -> Response:
         """Show a row."""
-        asked = request.query_params
-        path, shape, where = self.data_path(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
+        query = request.query_params
+        path, shape, where = self.data_path(query.get("file", "")), query.get("shape", "auto"), query.get("where", "")
         file = await run_in_threadpool(self.open_file, path, shape)
-        item = await run_in_threadpool(self._find_item, file, where, _parse_number(asked.get("line"), 1))
+        item = await run_in_threadpool(self._find_item, file, where, _parse_number(query.get("line"), 1))
         return await self._row_page(request, file, path, shape, item)
 
     async def undo(self, request: Request) -> Response:
         """Undo an edit."""
-        given = await read_form(request)
-        path, shape, where = self.data_path(given.get("file", "")), given.get("shape", "auto"), given.get("where", "")
+        form = await read_form(request)
+        path, shape, where = self.data_path(form.get("file", "")), form.get("shape", "auto"), form.get("where", "")
         file = await run_in_threadpool(self.open_file, path, shape)
-        item = await run_in_threadpool(self._find_item, file, where, _parse_number(given.get("line"), 1))
+        item = await run_in_threadpool(self._find_item, file, where, _parse_number(form.get("line"), 1))
         await run_in_threadpool(self.edits_of(path).add, where, "undone")
         return await self._row_page(request, file, path, shape, item)
 
     async def _row_page(self, request: Request, file: File, path: str, shape: str, item: Item) -> Response:
-        made = self.edits_of(path).latest()
+        edits = self.edits_of(path).latest()
         return self.studio.page(
             request,
             "data_row.html",
-            item=_with_edit(file, item, made),
+            item=_with_edit(file, item, edits),
             file=file,
             name=path,
             shape=shape,
             show="",
-            edits=made,
+            edits=edits,
             tokenizer="",
             copy_name=_copy_name(path),
             anew=True,
@@ -300,24 +295,26 @@ class Data:
 
     async def copy(self, request: Request) -> Response:
         """Write the corrected copy."""
-        given = await read_form(request)
-        path, shape = self.data_path(given.get("file", "")), given.get("shape", "auto")
-        output = self.studio.resolve(given.get("output", "").strip() or ".")
-        copied = self.studio.relative(output)
-        keep = [] if given.get("also") == "on" else ["--keep", ",".join(name for name in DEFAULT if name != ALWAYS)]
+        form = await read_form(request)
+        path, shape = self.data_path(form.get("file", "")), form.get("shape", "auto")
+        output = self.studio.resolve(form.get("output", "").strip() or ".")
+        target = self.studio.relative(output)
+        keep = [] if form.get("also") == "on" else ["--keep", ",".join(name for name in DEFAULT if name != ALWAYS)]
         edits = str(self.edits_of(path).file)
-        fix = command("data", "fix", f"./{path}", f"./{copied}", "--edits", edits, "--shape", shape, *keep)
-        done = await run_in_threadpool(self.children.run, fix, self.studio.folder)
-        if done.returncode:
-            raise DataError("the copy", last_error_line(done))
-        touched = f"{copied}.touched.jsonl"
-        return self.studio.page(request, "data_copied.html", said=done.stdout.decode(), copied=copied, touched=touched)
+        fix = command("data", "fix", f"./{path}", f"./{target}", "--edits", edits, "--shape", shape, *keep)
+        completed = await run_in_threadpool(self.children.run, fix, self.studio.folder)
+        if completed.returncode:
+            raise DataError("the copy", last_error_line(completed))
+        touched_file = f"{target}.touched.jsonl"
+        return self.studio.page(
+            request, "data_copied.html", said=completed.stdout.decode(), copied=target, touched=touched_file
+        )
 
     # ---- audit and tokens ------------------------------------------------------------------------------------------
 
     async def audit(self, request: Request) -> Response:
-        given = dict(request.query_params) if request.method == "GET" else await read_form(request)
-        path, shape = self.data_path(given.get("file", "")), given.get("shape", "auto")
+        form = dict(request.query_params) if request.method == "GET" else await read_form(request)
+        path, shape = self.data_path(form.get("file", "")), form.get("shape", "auto")
         if request.method == "POST":
             await run_in_threadpool(self.audits.start, self.studio.folder, path, shape)
         state, _ = self.audits.result(self.studio.folder / path, shape)
@@ -327,15 +324,15 @@ class Data:
 
     async def tokens(self, request: Request) -> Response:
         """Show a row as tokens, with the tokenizer of a run or a model folder."""
-        asked = request.query_params
-        path, shape, where = self.data_path(asked.get("file", "")), asked.get("shape", "auto"), asked.get("where", "")
+        query = request.query_params
+        path, shape, where = self.data_path(query.get("file", "")), query.get("shape", "auto"), query.get("where", "")
         file = await run_in_threadpool(self.open_file, path, shape)
-        item = await run_in_threadpool(self._find_item, file, where, _parse_number(asked.get("line"), 1))
-        folder = self.studio.resolve(asked.get("tokenizer", ""))
+        item = await run_in_threadpool(self._find_item, file, where, _parse_number(query.get("line"), 1))
+        folder = self.studio.resolve(query.get("tokenizer", ""))
         values: dict[str, Any] = {"error": "", "parts": [], "of": self.studio.relative(folder), "length": None}
         try:
             tokenizer, options = await run_in_threadpool(self._tokenizer, folder)
-            if length := _parse_number(asked.get("max_length"), 0):
+            if length := _parse_number(query.get("max_length"), 0):
                 options["max_length"] = max(8, length)
             values["length"] = options.get("max_length", 1024)
             for tree in item.trees:
@@ -354,9 +351,9 @@ class Data:
             config = read_folder(folder).config
             options = {k: v for k, v in mapping(config.get("data")).items() if k in TOKENIZATION_KEYS}
             model = mapping(config.get("model"))
-            inside = sorted(folder.glob("checkpoints/step-*/model/tokenizer_config.json"))
-            named = working_folder(self.studio.folder, config) / text(model.get("tokenizer") or model.get("path"))
-            path = str(inside[-1].parent if inside else named)
+            saved_tokenizers = sorted(folder.glob("checkpoints/step-*/model/tokenizer_config.json"))
+            source = working_folder(self.studio.folder, config) / text(model.get("tokenizer") or model.get("path"))
+            path = str(saved_tokenizers[-1].parent if saved_tokenizers else source)
         if not Path(path).is_dir():
             raise ConfigError(path, "has no tokenizer here", "choose a folder that holds one")
         if path not in self._tokenizers:
@@ -364,15 +361,15 @@ class Data:
         return self._tokenizers[path], options
 
 
-def _with_edit(file: File, item: Item, made: Mapping[str, Any]) -> Item:
+def _with_edit(file: File, item: Item, edits: Mapping[str, Any]) -> Item:
     """Return a row with its edit applied, as it will be in the copy."""
-    known = made.get(item.where)
-    if known is None:
+    edit = edits.get(item.where)
+    if edit is None:
         return item
-    if known.values is None or file.grouped:
-        return replace(item, edited="dropped" if known.values is None else "changed")
-    converted = file.convert(known.values, item.where)
-    return replace(item, edited="changed", raw=known.values, trees=converted.trees, aside=converted.aside)
+    if edit.values is None or file.grouped:
+        return replace(item, edited="dropped" if edit.values is None else "changed")
+    converted = file.convert(edit.values, item.where)
+    return replace(item, edited="changed", raw=edit.values, trees=converted.trees, aside=converted.aside)
 
 
 def _hidden_fields(name: str, shape: str, item: Item) -> Markup:
@@ -388,14 +385,14 @@ def _copy_name(path: str) -> str:
     return Path(path).with_name(f"{Path(name).stem}.fixed{kind}").as_posix()
 
 
-def _parse_number(said: str | None, default: int) -> int:
+def _parse_number(raw: str | None, default: int) -> int:
     try:
-        return min(max(0, int(said or "")), 2**40) or default
+        return min(max(0, int(raw or "")), 2**40) or default
     except ValueError:
         return default
 
 
 def area(studio: Studio) -> Area:
     """Return the area of data."""
-    made = Data(studio)
-    return Area("Data", "/data", made.routes, made.close)
+    data = Data(studio)
+    return Area("Data", "/data", data.routes, data.close)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.algorithms import ALGORITHMS
-from penchant.base.files import aside_of, write_text_atomically
+from penchant.base.files import temp_path, write_text_atomically
 from penchant.base.text import printable
 from penchant.config import LOSS_AND_ALGORITHM, RunConfig, build, default_settings, parse_yaml
 from penchant.config.page import Key, Part, parts
@@ -76,11 +76,13 @@ def form_parts(loss: str = "", algorithm: str = "") -> Iterator[Part]:
             keys = [
                 _with_choices(key, names) if key.path == "loss.name" else key for key in keys if key.path != "loss.mix"
             ]
-            own = LOSSES.get(loss or "dpo")
-            own_keys = (
-                [Key(f"loss.{name}", "", default, said) for name, default, said in parameters(own)] if own else []
+            spec = LOSSES.get(loss or "dpo")
+            loss_keys = (
+                [Key(f"loss.{name}", "", default, meaning) for name, default, meaning in parameters(spec)]
+                if spec
+                else []
             )
-            yield Part("loss", part.about, (*keys, *own_keys))
+            yield Part("loss", part.about, (*keys, *loss_keys))
         elif part.title.startswith("algorithm"):
             if algorithm in part.title.removeprefix("algorithm: ").split(", "):
                 yield Part("algorithm", part.about, tuple(key for key in keys if key.path != "algorithm.name"))
@@ -94,10 +96,10 @@ def _with_choices(key: Key, names: Sequence[str]) -> Key:
 
 def first_keys() -> list[Key]:
     """Return the keys shown at the top of the form."""
-    known = {key.path: key for part in form_parts() for key in part.keys}
-    about = "learns from its own completions and a reward, in the place of a loss"
-    known["algorithm.name"] = Key("algorithm.name", " or ".join(ALGORITHMS), "none", about, tuple(ALGORITHMS))
-    return [known[path] for path in FIRST]
+    keys = {key.path: key for part in form_parts() for key in part.keys}
+    meaning = "learns from its own completions and a reward, in the place of a loss"
+    keys["algorithm.name"] = Key("algorithm.name", " or ".join(ALGORITHMS), "none", meaning, tuple(ALGORITHMS))
+    return [keys[path] for path in FIRST]
 
 
 def parse_form(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
@@ -107,22 +109,22 @@ def parse_form(fields: Sequence[tuple[str, str]]) -> tuple[dict[str, Any], dict[
         ConfigError: a value is not valid YAML, or a line is not a setting.
     """
     kinds = {key.path: key.takes for part in (*form_parts(), *_algorithm_parts()) for key in part.keys}
-    given = [(name, value) for name, value in fields if "." in name or name in ("output", "reward")]
-    given = [
-        (name, json.dumps(value) if kinds.get(name) == "text" else value) for name, value in given if value.strip()
+    settings = [(name, value) for name, value in fields if "." in name or name in ("output", "reward")]
+    settings = [
+        (name, json.dumps(value) if kinds.get(name) == "text" else value) for name, value in settings if value.strip()
     ]
-    more = next((value for name, value in fields if name == "more"), "")
-    for line in filter(None, map(str.strip, more.splitlines())):
+    extra_lines = next((value for name, value in fields if name == "more"), "")
+    for line in filter(None, map(str.strip, extra_lines.splitlines())):
         key, equals, value = line.partition("=")
         if not equals:
             raise ConfigError(
                 "further settings", f"{printable(line[:80])} is not a setting", "write key.path=value on each line"
             )
-        given.append((key.strip(), value))
+        settings.append((key.strip(), value))
     values: dict[str, Any] = {}
     places: dict[tuple[str, ...], str] = {}
-    for name, value in sorted(given, key=lambda one: one[0] not in ("loss.name", "algorithm.name")):
-        if name.startswith("loss.") and any(key == "algorithm.name" for key, _ in given):
+    for name, value in sorted(settings, key=lambda setting: setting[0] not in ("loss.name", "algorithm.name")):
+        if name.startswith("loss.") and any(key == "algorithm.name" for key, _ in settings):
             raise ConfigError(FORM, *LOSS_AND_ALGORITHM.split("; ", 1))
         places = set_key(values, places, tuple(name.split(".")), parse_yaml(value, f"{FORM}, {name}")[0], FORM)
     return values, expand_source_list(values, places)
@@ -158,7 +160,7 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
         try:
             folder = (root / output).resolve()
             inside = folder.is_relative_to(root) and folder != root
-            aside_of(folder.with_name(f"{folder.name}.yaml")).exists()
+            temp_path(folder.with_name(f"{folder.name}.yaml")).exists()
         except (ValueError, OSError, RuntimeError):  # it contains a NUL, is too long, or its links form a loop
             inside = False
         if not inside:
@@ -173,35 +175,35 @@ def draft(root: Path, fields: Sequence[tuple[str, str]]) -> Draft:
 def settings_of(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the settings of a run that differ from their defaults, in the form's format."""
     defaults = flatten(default_settings())
-    found = {}
+    settings = {}
     for key, value in flatten(config).items():
         if key == "output" or value is None or value in ({}, []) or (key in defaults and defaults[key] == value):
             continue
-        found[key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return found
+        settings[key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return settings
 
 
 def suggestions(root: Path) -> dict[str, list[str]]:
     """List data files and model folders inside a folder, for `data.path` and `model.path`."""
     files: list[str] = []
     models: list[str] = []
-    for looked, (at, folders, names) in enumerate(os.walk(root)):
+    for folder_count, (folder, folders, names) in enumerate(os.walk(root)):
         folders[:] = sorted(n for n in folders if n[0] != "." and n != "__pycache__" and is_linkable(n))
-        if looked > 2000 or len(files) + len(models) > SUGGESTED:
+        if folder_count > 2000 or len(files) + len(models) > SUGGESTED:
             break
-        here = Path(at).relative_to(root).as_posix()
-        here = "" if here == "." else f"{here}/"
+        prefix = Path(folder).relative_to(root).as_posix()
+        prefix = "" if prefix == "." else f"{prefix}/"
         if "config.json" in names:
-            models.append(here.rstrip("/") or ".")
+            models.append(prefix.rstrip("/") or ".")
             folders.clear()
         elif ARENA in names:
-            files += [here + PREFERENCES] * (PREFERENCES in names)
+            files += [prefix + PREFERENCES] * (PREFERENCES in names)
         elif CONFIG in names:
-            models.append(here.rstrip("/"))  # the run's folder stands for its model
+            models.append(prefix.rstrip("/"))  # the run's folder stands for its model
             folders[:] = [name for name in folders if name != CHECKPOINTS]
         else:
-            rows = (here + name for name in sorted(names) if ending(name) and name not in NO_ROWS)
-            files += islice((path for path in rows if is_linkable(path) and _is_file_inside(root, path)), SUGGESTED)
+            paths = (prefix + name for name in sorted(names) if ending(name) and name not in NO_ROWS)
+            files += islice((path for path in paths if is_linkable(path) and _is_file_inside(root, path)), SUGGESTED)
     return {"data.path": files[:SUGGESTED], "data.eval_path": files[:SUGGESTED], "model.path": models[:SUGGESTED]}
 
 
@@ -227,8 +229,8 @@ def command(*arguments: str) -> list[str]:
 def working_folder(root: Path, config: Mapping[str, Any]) -> Path:
     """Return the folder that a run's paths are relative to: the studio's, or the one the studio was started in."""
     model = text(mapping(config.get("model")).get("path"))
-    here = Path.cwd()
-    return here if not (root / model).exists() and (here / model).exists() else root
+    cwd = Path.cwd()
+    return cwd if not (root / model).exists() and (cwd / model).exists() else root
 
 
 PLAN_SECONDS = 300.0  # time limit of a plan
@@ -263,13 +265,13 @@ class Children:
 
     def close(self) -> None:
         """Kill the running processes."""
-        for one in [*self._running]:
-            one.kill()
+        for process in [*self._running]:
+            process.kill()
 
 
-def last_error_line(done: subprocess.CompletedProcess[bytes]) -> str:
+def last_error_line(process: subprocess.CompletedProcess[bytes]) -> str:
     """Return the last line of a failed command's stderr."""
-    lines = done.stderr.decode(errors="replace").strip().splitlines()
+    lines = process.stderr.decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("penchant: ") if lines else "failed"
 
 
@@ -305,8 +307,8 @@ class Processes:
             raise CheckpointError(
                 new_run.folder, "holds a run already", "choose another output, or go on with that run"
             )
-        known = new_run.text, self._written.get(new_run.file)  # the config of a failed start may be replaced
-        if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") not in known):
+        own_texts = new_run.text, self._written.get(new_run.file)  # the config of a failed start may be replaced
+        if file.is_symlink() or (file.exists() and file.read_text(encoding="utf-8", errors="replace") not in own_texts):
             raise CheckpointError(new_run.file, "already exists, and says something else", "choose another output")
         make_folder(folder)
         write_text_atomically(file, new_run.text)
@@ -320,25 +322,25 @@ class Processes:
             CheckpointError: it is still running, or its config is missing.
         """
         folder = self.root / path
-        until = time.monotonic() + (RELEASE_TIMEOUT if path in self._stopped else 0)
-        while (lock_state(folder) != "free" or self.is_running(path)) and time.monotonic() < until:
+        deadline = time.monotonic() + (RELEASE_TIMEOUT if path in self._stopped else 0)
+        while (lock_state(folder) != "free" or self.is_running(path)) and time.monotonic() < deadline:
             time.sleep(0.1)
         if not (folder / CONFIG).is_file():
             raise CheckpointError(path, f"has no {CONFIG}", "start it again with its own config")
-        place = working_folder(self.root, read_folder(folder).config)
+        cwd = working_folder(self.root, read_folder(folder).config)
         with self._lock:
             if lock_state(folder) != "free" or self.is_running(path):
                 raise CheckpointError(path, "another process holds this run", "wait for it, or stop it")
             self._stopped.discard(path)
-            self._spawn(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], place)
+            self._spawn(path, [str(folder / CONFIG), f"output={json.dumps(str(folder))}"], cwd)
 
-    def _spawn(self, path: str, arguments: Sequence[str], place: Path | None = None) -> None:
+    def _spawn(self, path: str, arguments: Sequence[str], cwd: Path | None = None) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
         log = os.open(self.root / path / CONSOLE, flags, 0o644)
         try:
             self.started[path] = subprocess.Popen(
                 command("train", *arguments),
-                cwd=place or self.root,
+                cwd=cwd or self.root,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -354,11 +356,11 @@ class Processes:
         Raises:
             CheckpointError: no process on this machine holds it.
         """
-        found = lock_holder(self.root / path)
-        if found is not None and lock_state(self.root / path) == "held":
-            os.kill(found[0], signal.SIGTERM)
+        owner = lock_holder(self.root / path)
+        if owner is not None and lock_state(self.root / path) == "held":
+            os.kill(owner[0], signal.SIGTERM)
             with suppress(ProcessLookupError):  # it has already ended
-                os.kill(found[0], signal.SIGCONT)  # a suspended process (Ctrl-Z) handles SIGTERM only once it continues
+                os.kill(owner[0], signal.SIGCONT)  # a suspended process (Ctrl-Z) handles SIGTERM only once it continues
         elif (process := self.started.get(path)) is not None and process.poll() is None:
             process.terminate()
         else:
@@ -401,14 +403,14 @@ class Processes:
             file.write_text(text, encoding="utf-8")
             arguments = command("plan", str(file), "--json", *([] if probe else ["--no-probe"]))
             try:
-                done = self.children.run(arguments, self.root, PLAN_SECONDS)
+                completed = self.children.run(arguments, self.root, PLAN_SECONDS)
             except subprocess.TimeoutExpired as error:
                 how = "run penchant plan in a terminal"
                 raise ConfigError("plan", f"took more than {PLAN_SECONDS:.0f} s", how) from error
-        if done.returncode:
-            raise ConfigError("plan", last_error_line(done).replace(str(file), FORM))
-        found: dict[str, Any] = json.loads(done.stdout)
-        return found
+        if completed.returncode:
+            raise ConfigError("plan", last_error_line(completed).replace(str(file), FORM))
+        plan: dict[str, Any] = json.loads(completed.stdout)
+        return plan
 
     def close(self) -> None:
         """End a plan in progress; runs continue."""

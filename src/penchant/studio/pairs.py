@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from penchant.base.files import aside_of, file_sha256, fsync, write_atomically, write_text_atomically, writing
+from penchant.base.files import file_sha256, fsync, temp_path, write_atomically, write_text_atomically, writing
 from penchant.errors import DataError
 from penchant.judges.humans import PREFERENCES, Preferences, prompt_key
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, LOCK, SAMPLES, write_lock_holder
@@ -108,31 +108,31 @@ class Arena:
     def settings(self) -> Settings:
         """The arena's settings; damaged values fall back to their defaults."""
         try:
-            found = json_object(read_text(self.folder / ARENA))
+            saved = json_object(read_text(self.folder / ARENA))
         except (ValueError, RecursionError):
-            found = {}
-        known = {f.name: f.type for f in fields(Settings)}
-        kept = {k: v for k, v in found.items() if k in known}
+            saved = {}
+        field_names = {f.name: f.type for f in fields(Settings)}
+        values = {k: v for k, v in saved.items() if k in field_names}
         for name in ("overlap", "checks", "repeats"):
-            value = kept.get(name)
+            value = values.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                kept.pop(name, None)
-        kept["reasons"] = tuple(str(r) for r in kept.get("reasons") or ())
-        kept["seed"] = kept["seed"] if isinstance(kept.get("seed"), int) else 0
+                values.pop(name, None)
+        values["reasons"] = tuple(str(r) for r in values.get("reasons") or ())
+        values["seed"] = values["seed"] if isinstance(values.get("seed"), int) else 0
         for name in ("models", "writers"):
-            kept[name] = {k: mapping(v) for k, v in mapping(kept.get(name)).items()}
-        return Settings(**kept)
+            values[name] = {k: mapping(v) for k, v in mapping(values.get(name)).items()}
+        return Settings(**values)
 
     @cached_property
     def pairs(self) -> dict[str, Pair]:
         """Pairs by id; answers generated on demand are filled in as far as they exist."""
-        found: dict[str, Pair] = {}
+        pairs: dict[str, Pair] = {}
         for row in read_lines(self.folder / PAIRS)[0]:
             pair = _parse_pair(row)
             if pair is not None:
-                found[pair.id] = pair
-        self._fill_answers(found)
-        return found
+                pairs[pair.id] = pair
+        self._fill_answers(pairs)
+        return pairs
 
     def _fill_answers(self, pairs: dict[str, Pair]) -> None:
         for row in read_lines(self.folder / WRITTEN)[0]:
@@ -156,9 +156,9 @@ class Arena:
         with writing(self.folder):
             handle = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            until = time.monotonic() + LOCK_TIMEOUT
+            deadline = time.monotonic() + LOCK_TIMEOUT
             while not _try_lock(handle):
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise self._lock_error()
                 time.sleep(0.005)
             with writing(self.folder):
@@ -170,10 +170,10 @@ class Arena:
 
     def _lock_error(self) -> DataError:
         """Return the error for a lock that another process, perhaps a suspended one, does not release."""
-        held = lock_holder(self.folder) if lock_state(self.folder) == "held" else None
+        owner = lock_holder(self.folder) if lock_state(self.folder) == "held" else None
         who, how = "another process", "end the other studio of this folder, then try again"
-        if held is not None:
-            who, wake = f"process {held[0]}", f"wake it with kill -CONT {held[0]} or end it with kill -9 {held[0]}"
+        if owner is not None:
+            who, wake = f"process {owner[0]}", f"wake it with kill -CONT {owner[0]} or end it with kill -9 {owner[0]}"
             how = f"if it was stopped (Ctrl-Z), {wake}, then try again"
         return DataError(
             self.name, f"{who} has held this arena for {LOCK_TIMEOUT:g} seconds, so nothing was written", how
@@ -183,12 +183,12 @@ class Arena:
         """Save newly generated answers, unless another request saved some first, and return the pair with its answers."""
         with self.locked():
             self._fill_answers(self.pairs)
-            there = self.pairs[pair.id]
-            if there.answers is None:
+            saved = self.pairs[pair.id]
+            if saved.answers is None:
                 row = {"pair": pair.id, "answer_a": answers[0], "answer_b": answers[1]}
                 Preferences(self.folder / WRITTEN).append(row)
-                there = self.pairs[pair.id] = with_answers(pair, answers)
-            return there
+                saved = self.pairs[pair.id] = with_answers(pair, answers)
+            return saved
 
 
 def _try_lock(handle: int) -> bool:
@@ -210,17 +210,17 @@ def _parse_pair(row: Mapping[str, Any]) -> Pair | None:
     answers = (row.get("answer_a"), row.get("answer_b"))
     if not all(isinstance(t, str) for t in texts) or not isinstance(row.get("prompt"), (str, list)):
         return None
-    both = (str(answers[0]), str(answers[1])) if all(isinstance(a, str) for a in answers) else None
+    answer_texts = (str(answers[0]), str(answers[1])) if all(isinstance(a, str) for a in answers) else None
     gold = row.get("gold")
     return Pair(
-        str(texts[0]), row["prompt"], (str(texts[1]), str(texts[2])), both, gold if gold in ("a", "b") else None
+        str(texts[0]), row["prompt"], (str(texts[1]), str(texts[2])), answer_texts, gold if gold in ("a", "b") else None
     )
 
 
 def arenas(folder: Path) -> list[Arena]:
     """List the arenas of a folder, newest first."""
-    found = [Arena(p.parent) for p in (folder / ARENAS).glob(f"*/{ARENA}") if is_arena(p.parent, folder)]
-    return sorted(found, key=lambda a: (str(a.settings.created), a.name), reverse=True)
+    existing = [Arena(p.parent) for p in (folder / ARENAS).glob(f"*/{ARENA}") if is_arena(p.parent, folder)]
+    return sorted(existing, key=lambda a: (str(a.settings.created), a.name), reverse=True)
 
 
 def is_arena(arena_folder: Path, folder: Path) -> bool:
@@ -251,24 +251,24 @@ def answers_from_runs(folders: Sequence[Path]) -> Answers:
     Raises:
         DataError: no prompt has two answers.
     """
-    found: dict[tuple[str, int], tuple[Any, dict[str, str]]] = {}
+    rows_by_key: dict[tuple[str, int], tuple[Any, dict[str, str]]] = {}
     models: dict[str, dict[str, str]] = {}
     names = _short_names(folders)
     for folder in folders:
-        seen: dict[str, int] = {}
+        occurrences: dict[str, int] = {}
         file = folder / SAMPLES
         for row in read_lines(file)[0]:
             prompt = _prompt_of_row(row)
             if prompt is None:
                 continue
             key = prompt_key(prompt)
-            seen[key] = seen.get(key, 0) + 1
-            answers = found.setdefault((key, seen[key]), (prompt, {}))[1]
+            occurrences[key] = occurrences.get(key, 0) + 1
+            answers = rows_by_key.setdefault((key, occurrences[key]), (prompt, {}))[1]
             for name, text in ((START, row.get("before")), (names[folder], row.get("after"))):
                 if isinstance(text, str):
                     answers.setdefault(name, text)
                     models.setdefault(name, {"source": str(file), "sha256": file_sha256(file)})
-    return _require_pairs(Answers(list(found.values()), models), "the samples of these runs", SAMPLES)
+    return _require_pairs(Answers(list(rows_by_key.values()), models), "the samples of these runs", SAMPLES)
 
 
 def answers_from_comparison(folder: Path) -> Answers:
@@ -279,8 +279,8 @@ def answers_from_comparison(folder: Path) -> Answers:
     """
     file, rows, names = folder / COMPARISON_ROWS, [], set()
     for row in read_lines(file)[0]:
-        made = {str(n): mapping(c).get("text") for n, c in mapping(row.get("completions")).items()}
-        answers = {n: t for n, t in made.items() if isinstance(t, str)}
+        texts = {str(n): mapping(c).get("text") for n, c in mapping(row.get("completions")).items()}
+        answers = {n: t for n, t in texts.items() if isinstance(t, str)}
         prompt = _prompt_of_row(row)
         if prompt is not None:
             rows.append((prompt, answers))
@@ -297,9 +297,9 @@ def answers_from_pairs(file: Path) -> Answers:
     """
     from penchant.data.load import load_preferences, prompt_json
 
-    found = load_preferences(str(file), on_bad_row="skip")
+    preferences = load_preferences(str(file), on_bad_row="skip")
     rows = []
-    for tree in found.trees:
+    for tree in preferences.trees:
         texts = {bool(c.label): c.text for c in tree.completions if c.label is not None}
         if len(texts) == 2 and tree.prompt:
             rows.append((prompt_json(tree.prompt), {"chosen": texts[True], "rejected": texts[False]}))
@@ -311,8 +311,8 @@ def answers_to_generate(
     prompts: Sequence[Any], writers: Mapping[str, Mapping[str, str]], hashes: Mapping[str, str] | None = None
 ) -> Answers:
     """Return prompts whose answers are generated on demand; `hashes`: SHA-256 by writer, if known."""
-    known = hashes or {}
-    models = {n: {"source": _describe_writer(w), "sha256": known.get(n, "")} for n, w in writers.items()}
+    known_hashes = hashes or {}
+    models = {n: {"source": _describe_writer(w), "sha256": known_hashes.get(n, "")} for n, w in writers.items()}
     return Answers([(p, {}) for p in prompts], models)
 
 
@@ -323,8 +323,8 @@ def _describe_writer(writer: Mapping[str, str]) -> str:
 def split_prompts(text: str) -> list[str]:
     """Split typed text into prompts: at lines of ``---`` if there are any, else one per line."""
     parts = re.split(r"^---[ \t]*$", text.replace("\r\n", "\n"), flags=re.M)
-    found = parts if len(parts) > 1 else text.splitlines()
-    return [p.strip() for p in found if p.strip()]
+    prompts = parts if len(parts) > 1 else text.splitlines()
+    return [p.strip() for p in prompts if p.strip()]
 
 
 def _prompt_of_row(row: Mapping[str, Any]) -> Any:
@@ -337,37 +337,37 @@ def _prompt_of_row(row: Mapping[str, Any]) -> Any:
 
 def _short_names(folders: Iterable[Path]) -> dict[Path, str]:
     """Return short names that tell folders apart."""
-    found = list(folders)
-    short = [f.name for f in found]
-    return {f: f.name if short.count(f.name) == 1 else "/".join(f.parts[-2:]) for f in found}
+    paths = list(folders)
+    names = [f.name for f in paths]
+    return {f: f.name if names.count(f.name) == 1 else "/".join(f.parts[-2:]) for f in paths}
 
 
-def _require_pairs(found: Answers, where: str, what: str) -> Answers:
-    if not any(len(answers) > 1 for _, answers in found.rows):
+def _require_pairs(all_answers: Answers, where: str, what: str) -> Answers:
+    if not any(len(answers) > 1 for _, answers in all_answers.rows):
         how = "choose runs that wrote samples (evaluation.samples), a comparison, or a file of pairs"
         raise DataError(where, f"no prompt has two answers ({what})", how)
-    return found
+    return all_answers
 
 
-def make_pairs(answers: Answers, seed: int, contests: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
+def make_pairs(answers: Answers, seed: int, model_pairs: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
     """Pair the different answers of every two models to each prompt; a given pair of models keeps the same order throughout.
 
     Args:
-        contests: pairs of models to compare; None for all.
+        model_pairs: pairs of models to compare; None for all.
     """
     names = list(answers.models)
-    matchups = list(contests or combinations(names, 2))
-    found: dict[str, Pair] = {}
+    matchups = list(model_pairs or combinations(names, 2))
+    pairs_by_id: dict[str, Pair] = {}
     for prompt, texts in answers.rows:
         for a, b in matchups:
             if not texts:
-                made = make_pair(prompt, (a, b), None)
+                pair = make_pair(prompt, (a, b), None)
             elif a in texts and b in texts and texts[a].strip() != texts[b].strip():
-                made = make_pair(prompt, (a, b), (texts[a], texts[b]))
+                pair = make_pair(prompt, (a, b), (texts[a], texts[b]))
             else:
                 continue
-            found.setdefault(made.id, made)
-    pairs = list(found.values())
+            pairs_by_id.setdefault(pair.id, pair)
+    pairs = list(pairs_by_id.values())
     random.Random(seed).shuffle(pairs)
     return pairs[:MAX_PAIRS]
 
@@ -400,17 +400,17 @@ def _make_arena(target: Path, folder: Path, settings: Settings, pairs: Sequence[
         raise DataError(ARENAS, "is a link that leads out of the studio's folder", "remove the link")
     if target.exists():
         raise DataError(target.name, "an arena of this name already exists", "choose another name")
-    made = {**asdict(settings), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    aside = aside_of(target)
+    settings_json = {**asdict(settings), "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    temp = temp_path(target)
     with writing(target):
         try:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            shutil.rmtree(temp, ignore_errors=True)
+            temp.mkdir(parents=True)
             lines = "".join(json.dumps(p.to_json(), ensure_ascii=False) + "\n" for p in pairs)
-            write_text_atomically(aside / PAIRS, lines.encode("utf-8", "backslashreplace"))
-            write_atomically(aside / ARENA, made)
-            os.rename(aside, target)
+            write_text_atomically(temp / PAIRS, lines.encode("utf-8", "backslashreplace"))
+            write_atomically(temp / ARENA, settings_json)
+            os.rename(temp, target)
             fsync(target.parent)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temp, ignore_errors=True)
     return Arena(target)

@@ -17,14 +17,14 @@ MARKS = {"good": "●", "open": "○", "plain": "·"}
 def results_page(name: str, preferences: Preferences) -> str:
     """Render the offline page, one self-contained file."""
     verdict = human_verdict(preferences.refresh())
-    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     body = el(
         "main",
         el(
             "header",
             el("p", "Penchant arena", class_="kicker"),
             el("h1", user_text(name)),
-            el("p", f"Written by Penchant {__version__}, {when}. This file loads nothing.", class_="soft facts-line"),
+            el("p", f"Written by Penchant {__version__}, {now}. This file loads nothing.", class_="soft facts-line"),
         ),
         results_body(verdict),
     )
@@ -36,13 +36,13 @@ def results_body(verdict: HumanVerdict) -> Element:
     if not verdict.people:
         return el("p", "Nobody has judged anything yet.", class_="soft")
     lines = verdict.verdict()
-    words = [
+    sentences = [
         el("p", el("span", MARKS[s.tone], class_=f"mark {s.tone}", aria_hidden="true"), user_text(s.text, "span"))
         for s in lines
     ]
     return el(
         "div",
-        el("section", words, id="verdict", class_="verdict", aria_label="Verdict"),
+        el("section", sentences, id="verdict", class_="verdict", aria_label="Verdict"),
         el("ul", [el("li", user_text(n)) for n in verdict.notes()], class_="notes"),
         _tally_cards(verdict),
         el("section", el("h2", "Models"), _models_table(verdict), aria_label="Models") if verdict.pairs else None,
@@ -55,17 +55,17 @@ def results_body(verdict: HumanVerdict) -> Element:
 
 
 def _tally_cards(verdict: HumanVerdict) -> Element:
-    t = verdict.tally
+    tally = verdict.tally
     cards: list[tuple[str, str, str]] = [
         ("Judgments", f"{verdict.judged:,}", f"by {verdict.by}"),
-        ("Ties", f"{t['tie']:,}", "neither is better"),
-        ("Both bad", f"{t['both_bad']:,}", "neither is any good"),
-        ("Skipped", f"{t['skip']:,}", f"{t['undone']:,} taken back"),
+        ("Ties", f"{tally['tie']:,}", "neither is better"),
+        ("Both bad", f"{tally['both_bad']:,}", "neither is any good"),
+        ("Skipped", f"{tally['skip']:,}", f"{tally['undone']:,} taken back"),
     ]
     if verdict.alpha is not None:
-        a = verdict.alpha
-        about = f"[{a.low:z.2f}, {a.high:z.2f}] on {counted(verdict.shared, 'shared pair')}"
-        cards.insert(1, ("Krippendorff's alpha", f"{a.estimate:z.2f}", about))
+        alpha = verdict.alpha
+        caption = f"[{alpha.low:z.2f}, {alpha.high:z.2f}] on {counted(verdict.shared, 'shared pair')}"
+        cards.insert(1, ("Krippendorff's alpha", f"{alpha.estimate:z.2f}", caption))
     return el(
         "dl",
         [
@@ -73,10 +73,10 @@ def _tally_cards(verdict: HumanVerdict) -> Element:
                 "div",
                 el("dt", head),
                 el("dd", value, class_="value"),
-                el("dd", about, class_="soft small"),
+                el("dd", caption, class_="soft small"),
                 class_="card",
             )
-            for head, value, about in cards
+            for head, value, caption in cards
         ],
         class_="cards",
     )
@@ -101,11 +101,11 @@ def _models_table(verdict: HumanVerdict) -> Element:
 
 def _people_table(verdict: HumanVerdict) -> Element:
     rows = [_person_row(p) for p in verdict.people]
-    one = [f"Win rate of {verdict.pairs[0].name}"] if len(verdict.pairs) == 1 else ["Win rate"]
+    win_rate_columns = [f"Win rate of {verdict.pairs[0].name}"] if len(verdict.pairs) == 1 else ["Win rate"]
     head: list[Node] = [
         "Name",
         "Judged",
-        *one,
+        *win_rate_columns,
         "Left",
         "Longer",
         "With others",

@@ -69,18 +69,20 @@ class LineIndex:
 
     def scan(self, line: int | None = None, seconds: float = SECONDS) -> None:
         """Scan further, up to a line (None: to the end), for at most this many seconds."""
-        end = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         with self._lock, self.path.open("rb") as file:
             file.seek(self._scanned)
-            while self._scanned < self.size and (line is None or self._line_ends < line) and time.monotonic() < end:
+            while (
+                self._scanned < self.size and (line is None or self._line_ends < line) and time.monotonic() < deadline
+            ):
                 block = file.read(min(BLOCK, self.size - self._scanned))
                 if not block:
                     self.size = self._scanned  # the file has been truncated
                     return
-                ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10)
-                at = (STEP - 1 - self._line_ends) % STEP
-                self._offsets.extend((ends[at::STEP] + (self._scanned + 1)).tolist())
-                self._line_ends += len(ends)
+                newlines = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == 10)
+                first = (STEP - 1 - self._line_ends) % STEP
+                self._offsets.extend((newlines[first::STEP] + (self._scanned + 1)).tolist())
+                self._line_ends += len(newlines)
                 self._scanned += len(block)
                 self._last = block[-1:]
 
@@ -90,10 +92,10 @@ class LineIndex:
             self.scan(line, 60.0)
         if line < 1 or line > self._line_ends + 1:
             return None
-        place, rest = divmod(line - 1, STEP)
+        index, remainder = divmod(line - 1, STEP)
         with self.path.open("rb") as file:
-            file.seek(self._offsets[place])
-            for _ in range(rest):
+            file.seek(self._offsets[index])
+            for _ in range(remainder):
                 file.readline()
             return file.tell() if file.tell() < self.size else None
 
@@ -149,14 +151,14 @@ class File:
         self.lines = LineIndex(path) if self._has_line_offsets() else None
         self._cursor: tuple[Iterator[Any], int] | None = None
         self._lock = threading.Lock()
-        first = self._first_rows()
+        first_rows = self._first_rows()
         self.problem = ""  # why its rows cannot be turned into examples
         self.columns: Mapping[str, str] = {}
         self.layout, self.why = "", ""
         try:
             if shape == "auto":
-                self.layout, found, self.columns = detect_layout(first, self.name, {}, {})
-                self.why = found.why
+                self.layout, detection, self.columns = detect_layout(first_rows, self.name, {}, {})
+                self.why = detection.why
             else:
                 self.layout = shape
             self.grouped = LAYOUTS[self.layout].group is not None
@@ -178,48 +180,48 @@ class File:
         rows = read_rows(str(self.path), self.bounds)
         return [row for _, row in zip(range(FIRST_ROWS), rows, strict=False)]
 
-    def page(self, start: int = 1, most: int = ROWS, wanted: ItemFilter | None = None, needle: str = "") -> Page:
+    def page(self, start: int = 1, max_rows: int = ROWS, wanted: ItemFilter | None = None, needle: str = "") -> Page:
         """Return a page of rows, beginning at a row number.
 
         Args:
             wanted: filter; needle: text that the rows must contain, ignoring case. With either, the search stops after `SECONDS`.
         """
         start = max(1, start)
-        found: list[Item] = []
-        until = time.monotonic() + SECONDS
-        looks = wanted is not None or bool(needle)
-        at_once = most if wanted is None else max(most, LOOKED_AT)
-        for items, upto, end in self._batches(start, at_once, needle):
-            found += [item for item in items if wanted is None or wanted(item)]
-            if end:
-                return Page(tuple(found[:most]), _next_number(found, most), upto)
-            if not looks or len(found) >= most or time.monotonic() > until:
-                return Page(tuple(found[:most]), _next_number(found, most) or upto + 1, upto)
-        return Page(tuple(found[:most]), None, start)
+        matching: list[Item] = []
+        deadline = time.monotonic() + SECONDS
+        searching = wanted is not None or bool(needle)
+        batch_size = max_rows if wanted is None else max(max_rows, LOOKED_AT)
+        for items, upto, at_end in self._batches(start, batch_size, needle):
+            matching += [item for item in items if wanted is None or wanted(item)]
+            if at_end:
+                return Page(tuple(matching[:max_rows]), _next_number(matching, max_rows), upto)
+            if not searching or len(matching) >= max_rows or time.monotonic() > deadline:
+                return Page(tuple(matching[:max_rows]), _next_number(matching, max_rows) or upto + 1, upto)
+        return Page(tuple(matching[:max_rows]), None, start)
 
-    def _batches(self, start: int, most: int, needle: str) -> Iterator[tuple[list[Item], int, bool]]:
+    def _batches(self, start: int, batch_size: int, needle: str) -> Iterator[tuple[list[Item], int, bool]]:
         """Yield (items, number of the last row scanned, whether it is the last in the file), one batch at a time."""
-        word = search_bytes(needle)
+        needle_bytes = search_bytes(needle)
         if self.lines is not None and not self.grouped:
             while True:
-                rows, upto, end = self._read_chunk(start, most, word)
+                rows, upto, at_end = self._read_chunk(start, batch_size, needle_bytes)
                 rows = [
                     row for row in rows if not needle or isinstance(row, BadRow) or contains_text(row.values, needle)
                 ]
-                yield self._items(rows), upto, end
+                yield self._items(rows), upto, at_end
                 start = upto + 1
-                if end:
+                if at_end:
                     return
         with self._lock:
             units = self._units(start)
             while True:
-                batch = [unit for _, unit in zip(range(most), units, strict=False)]
+                batch = [unit for _, unit in zip(range(batch_size), units, strict=False)]
                 self._cursor = (units, start + len(batch))
-                made = [*self._convert_batch(batch, start)]
-                kept = [item for item in made if not needle or contains_text(item.raw, needle)]
-                yield kept, start + len(batch) - 1, len(batch) < most
+                converted = [*self._convert_batch(batch, start)]
+                matching = [item for item in converted if not needle or contains_text(item.raw, needle)]
+                yield matching, start + len(batch) - 1, len(batch) < batch_size
                 start += len(batch)
-                if len(batch) < most:
+                if len(batch) < batch_size:
                     return
 
     def _units(self, start: int) -> Iterator[Any]:
@@ -236,48 +238,48 @@ class File:
         if not self.grouped:
             yield from self._convert_rows(batch, [*range(start, start + len(batch))])
             return
-        for number, made in enumerate(batch, start):
-            yield _make_item(made, number)
+        for number, converted in enumerate(batch, start):
+            yield _make_item(converted, number)
 
-    def _read_chunk(self, start: int, most: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
+    def _read_chunk(self, start: int, max_lines: int, word: bytes = b"") -> tuple[list[Row | BadRow], int, bool]:
         """Return (rows of the next non-blank lines, number of the last line read, whether it is the last in the file)."""
         assert self.lines is not None
         offset = self.lines.offset(start)
         if offset is None:
             return [], start, True
-        kept: list[tuple[int, bytes]] = []
+        kept_lines: list[tuple[int, bytes]] = []
         too_long: set[int] = set()
-        held, number, end, until = 0, start - 1, False, time.monotonic() + SECONDS
+        byte_count, number, at_end, deadline = 0, start - 1, False, time.monotonic() + SECONDS
         with self.path.open("rb") as file:
             file.seek(offset)
-            while len(kept) < most and held < PAGE_BYTES:
+            while len(kept_lines) < max_lines and byte_count < PAGE_BYTES:
                 line = file.readline(self.bounds.bytes + 2)
                 if not line:
-                    end = True
+                    at_end = True
                     break
                 number += 1
                 if len(line) > self.bounds.bytes + 1 and not line.endswith(b"\n"):
                     too_long.add(number)
-                    while (rest := file.readline(BLOCK)) and not rest.endswith(b"\n"):
+                    while (tail := file.readline(BLOCK)) and not tail.endswith(b"\n"):
                         pass
                     if not word:
-                        kept.append((number, line[:SHOWN]))
+                        kept_lines.append((number, line[:SHOWN]))
                 elif line.strip() and (not word or word in line.lower()):
-                    kept.append((number, line))
-                    held += len(line)
-                if number % 1000 == 0 and time.monotonic() > until:
+                    kept_lines.append((number, line))
+                    byte_count += len(line)
+                if number % 1000 == 0 and time.monotonic() > deadline:
                     break
-            end = end or not file.read(1)
+            at_end = at_end or not file.read(1)
         rows: list[Row | BadRow] = []
-        for at, line in kept:  # parse each line by itself, so that no line affects how another is read
+        for line_number, line in kept_lines:  # parse each line by itself, so that no line affects how another is read
             source = Source(io.BytesIO(line), self.name, self.bounds)
-            if at in too_long:
-                found = source.too_long(f"{self.name}:{at}", "the line")
-                what = f"{found.what}, and training refuses the file"
-                rows.append(BadRow(found.where, what, found.how, line.decode("utf-8", "backslashreplace")))
+            if line_number in too_long:
+                bad_row = source.too_long(f"{self.name}:{line_number}", "the line")
+                what = f"{bad_row.what}, and training refuses the file"
+                rows.append(BadRow(bad_row.where, what, bad_row.how, line.decode("utf-8", "backslashreplace")))
                 continue
-            rows += [replace(row, where=f"{self.name}:{at}") for row in json_lines(source)]
-        return rows, max(number, start), end
+            rows += [replace(row, where=f"{self.name}:{line_number}") for row in json_lines(source)]
+        return rows, max(number, start), at_end
 
     def _items(self, rows: Sequence[Row | BadRow]) -> list[Item]:
         return [*self._convert_rows(rows, [int(row.where.rpartition(":")[2]) for row in rows])]
@@ -288,9 +290,9 @@ class File:
                 yield _quarantined_item(row, number) or _unconverted_item(row, number)
             return
         layout = LAYOUTS[self.layout]
-        made = convert_rows(rows, layout, layout.settings({}), self.columns)
-        for row, of_row, number in zip(rows, made, numbers, strict=True):
-            yield _quarantined_item(row, number) or _make_item(of_row, number)
+        converted = convert_rows(rows, layout, layout.settings({}), self.columns)
+        for row, converted_row, number in zip(rows, converted, numbers, strict=True):
+            yield _quarantined_item(row, number) or _make_item(converted_row, number)
 
     def editable(self, item: Item) -> bool:
         """Return True if the row can be replaced in a copy, that is, if it forms an example by itself."""
@@ -308,9 +310,9 @@ def stamp(path: Path) -> tuple[int, int, int]:
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
-def _next_number(found: Sequence[Item], most: int) -> int | None:
+def _next_number(items: Sequence[Item], max_rows: int) -> int | None:
     """Return the number of the first item that did not fit on a page, or None if all fit."""
-    return found[most].number if len(found) > most else None
+    return items[max_rows].number if len(items) > max_rows else None
 
 
 QUARANTINE = {"where", "what", "how", "row"}  # columns of a quarantined row
@@ -330,15 +332,15 @@ def _unconverted_item(row: Row | BadRow, number: int) -> Item:
     return Item(number, row.where, row.values, row.values)
 
 
-def _make_item(made: Converted, number: int) -> Item:
-    first = made.source[0]
+def _make_item(converted: Converted, number: int) -> Item:
+    first = converted.source[0]
     values = first.values if isinstance(first, Row) else None
     raw = first.raw if isinstance(first, BadRow) else first.values
-    if len(made.source) > 1:
-        raw = [row.values if isinstance(row, Row) else row.raw for row in made.source]
+    if len(converted.source) > 1:
+        raw = [row.values if isinstance(row, Row) else row.raw for row in converted.source]
         values = None
-    aside = (made.aside[0].what, made.aside[0].how) if made.aside else None
-    return Item(number, first.where, values, raw, made.trees, aside, made.left_out)
+    aside = (converted.aside[0].what, converted.aside[0].how) if converted.aside else None
+    return Item(number, first.where, values, raw, converted.trees, aside, converted.left_out)
 
 
 # ---- Search and filters ----
@@ -352,8 +354,8 @@ def search_bytes(word: str) -> bytes:
 
 def contains_text(raw: Any, word: str) -> bool:
     """Return True if a row contains a text, ignoring case."""
-    wanted = json.dumps(word.lower(), ensure_ascii=False)[1:-1]
-    return wanted in json.dumps(raw, ensure_ascii=False, default=str).lower()
+    needle = json.dumps(word.lower(), ensure_ascii=False)[1:-1]
+    return needle in json.dumps(raw, ensure_ascii=False, default=str).lower()
 
 
 def is_quarantined(item: Item) -> bool:
@@ -366,7 +368,7 @@ PLACE = re.compile(r"^(.*?:(?: row )?\d+)(?:#\d+)?(?: \(.*\))?$", re.DOTALL)
 
 def rows_of_places(where: Collection[str]) -> list[str]:
     """Return the rows that an audit's places refer to: ``train.jsonl:12 (as train.jsonl:3)`` is line 12."""
-    return [found[1] for one in where if (found := PLACE.match(one))]
+    return [place_match[1] for place in where if (place_match := PLACE.match(place))]
 
 
 def line_numbers(where: Sequence[str]) -> list[int]:
@@ -393,18 +395,18 @@ class Answer:
 
 def answers_of(tree: PromptTree, diff: bool = False) -> list[Answer]:
     """Return the completions of a tree for display."""
-    pair = [c.label for c in tree.completions] == [True, False]
+    is_pair = [c.label for c in tree.completions] == [True, False]
     words: tuple[Words, Words] = ([], [])
-    if pair and diff:
+    if is_pair and diff:
         words = diff_words(*(c.whole for c in tree.completions))
-    return [_answer(c, pair, words[i] if pair and diff else []) for i, c in enumerate(tree.completions)]
+    return [_answer(c, is_pair, words[i] if is_pair and diff else []) for i, c in enumerate(tree.completions)]
 
 
-def _answer(one: Completion, pair: bool, words: Words) -> Answer:
-    kind = {True: "chosen", False: "rejected", None: "assistant"}[one.label]
-    score = "" if one.score is None else f", score {one.score:g}"
-    more = tuple((m.role, m.content, m.trained and m.role == "assistant") for m in one.more)
-    return Answer((PAIR_NAMES if pair else NAMES)[one.label] + score, kind, one.text, one.reasoning, more, words)
+def _answer(c: Completion, is_pair: bool, words: Words) -> Answer:
+    kind = {True: "chosen", False: "rejected", None: "assistant"}[c.label]
+    score = "" if c.score is None else f", score {c.score:g}"
+    more = tuple((m.role, m.content, m.trained and m.role == "assistant") for m in c.more)
+    return Answer((PAIR_NAMES if is_pair else NAMES)[c.label] + score, kind, c.text, c.reasoning, more, words)
 
 
 def turns_of(tree: PromptTree) -> list[tuple[str, str, str]]:
@@ -419,15 +421,15 @@ MAX_WORD_PRODUCT = 1_000_000  # product of the word counts; comparing longer tex
 
 def diff_words(a: str, b: str) -> tuple[Words, Words]:
     """Compare two texts word by word and mark what only one contains; texts too long to compare are returned unmarked."""
-    one, other = (re.findall(r"\s+|\w+|[^\w\s]", said) for said in (a, b))
-    if len(one) * len(other) > MAX_WORD_PRODUCT:
+    words_a, words_b = (re.findall(r"\s+|\w+|[^\w\s]", answer) for answer in (a, b))
+    if len(words_a) * len(words_b) > MAX_WORD_PRODUCT:
         return [("", a)], [("", b)]
     left: Words = []
     right: Words = []
-    for kind, i, j, k, m in difflib.SequenceMatcher(None, one, other, autojunk=False).get_opcodes():
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, words_a, words_b, autojunk=False).get_opcodes():
         mark = "" if kind == "equal" else "in"
-        left += [(mark, "".join(one[i:j]))] * (j > i)
-        right += [(mark, "".join(other[k:m]))] * (m > k)
+        left += [(mark, "".join(words_a[i:j]))] * (j > i)
+        right += [(mark, "".join(words_b[k:m]))] * (m > k)
     return left, right
 
 
@@ -473,22 +475,22 @@ class Edits:
             append_line(self.file, record | ({"row": dict(row)} if row is not None else {}))
 
 
-def parse_edited_row(said: str) -> dict[str, Any]:
+def parse_edited_row(json_text: str) -> dict[str, Any]:
     """Parse a row that a person typed as JSON.
 
     Raises:
         DataError: it is not a row.
     """
-    rows = [*json_lines(Source(io.BytesIO(to_json_line(said)), "the row", Bounds()))]
+    rows = [*json_lines(Source(io.BytesIO(to_json_line(json_text)), "the row", Bounds()))]
     if len(rows) != 1 or isinstance(rows[0], BadRow):
         what = rows[0].what if rows and isinstance(rows[0], BadRow) else "is empty"
         raise DataError("the row", what, "write one JSON object")
     return dict(rows[0].values)
 
 
-def to_json_line(said: str) -> bytes:
+def to_json_line(json_text: str) -> bytes:
     """Join JSON into one line; its line breaks can only be white space, unless it is invalid anyway."""
-    return said.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogatepass")
+    return json_text.replace("\r", " ").replace("\n", " ").encode("utf-8", "surrogatepass")
 
 
 def content_hash(item: Item) -> str:
@@ -508,42 +510,42 @@ class Token:
     kind: str
 
 
-def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, how: Mapping[str, Any]) -> list[tuple[str, list[Token]]]:
+def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, options: Mapping[str, Any]) -> list[tuple[str, list[Token]]]:
     """Return (name, tokens) for a tree's prompt and each completion as in training, including the tokens lost to truncation.
 
     Args:
-        kind: kind of the data; how: options of `CausalTokenization`.
+        kind: kind of the data; options: options of `CausalTokenization`.
 
     Raises:
         DataError: the row would be quarantined; gives the reason.
     """
     from penchant.data.tokenize import CausalTokenization
 
-    def made(**more: Any) -> list[Any]:
-        found = CausalTokenization(tokenizer, kind, **{**how, **more, "on_bad_row": "error"}).all([tree])
-        return list(found.trees)
+    def tokenize(**more: Any) -> list[Any]:
+        tokenized = CausalTokenization(tokenizer, kind, **{**options, **more, "on_bad_row": "error"}).all([tree])
+        return list(tokenized.trees)
 
-    shown: list[tuple[str, list[Token]]] = []
-    cut, whole = made(), made(max_length=1 << 24, identical="keep")
+    sections: list[tuple[str, list[Token]]] = []
+    cut_trees, full_trees = tokenize(), tokenize(max_length=1 << 24, identical="keep")
     names = [a.name for a in answers_of(tree)]
-    for number, one in enumerate(cut):
-        full = whole[number] if len(whole) == len(cut) else one
-        truncated = len(full.prompt_ids) - len(one.prompt_ids)
+    for number, cut in enumerate(cut_trees):
+        full = full_trees[number] if len(full_trees) == len(cut_trees) else cut
+        truncated = len(full.prompt_ids) - len(cut.prompt_ids)
         bos = (
             1
-            if truncated and len(one.prompt_ids) and full.prompt_ids[0] == one.prompt_ids[0] == tokenizer.bos_token_id
+            if truncated and len(cut.prompt_ids) and full.prompt_ids[0] == cut.prompt_ids[0] == tokenizer.bos_token_id
             else 0
         )
         kinds = ["prompt"] * bos + ["cut"] * truncated + ["prompt"] * len(full.prompt_ids)
         prompt = _display_tokens(tokenizer, full.prompt_ids, kinds)
-        shown.append(("prompt" if len(cut) == 1 else f"part {number + 1}", prompt))
-        for i, ids in enumerate(one.completion_ids):
-            masks = one.masks[i] if one.masks else [True] * len(ids)
-            whole_ids = [*ids, *full.completion_ids[i][len(ids) :]]
-            kinds = ["trained" if m else "masked" for m in masks] + ["cut"] * len(whole_ids)
-            tokens = _display_tokens(tokenizer, whole_ids, kinds, one.prompt_ids[-1:])
-            shown.append((names[i] if len(names) == len(one.completion_ids) else "answer", tokens))
-    return shown
+        sections.append(("prompt" if len(cut_trees) == 1 else f"part {number + 1}", prompt))
+        for i, ids in enumerate(cut.completion_ids):
+            masks = cut.masks[i] if cut.masks else [True] * len(ids)
+            full_ids = [*ids, *full.completion_ids[i][len(ids) :]]
+            kinds = ["trained" if m else "masked" for m in masks] + ["cut"] * len(full_ids)
+            tokens = _display_tokens(tokenizer, full_ids, kinds, cut.prompt_ids[-1:])
+            sections.append((names[i] if len(names) == len(cut.completion_ids) else "answer", tokens))
+    return sections
 
 
 def _display_tokens(
@@ -551,13 +553,13 @@ def _display_tokens(
 ) -> list[Token]:
     """Return the tokens, each with the text it adds to the one before: decoded alone, many would lose their leading space."""
 
-    def said(*some: int) -> str:
-        return str(tokenizer.decode(list(some), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    def decode(*token_ids: int) -> str:
+        return str(tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-    made: list[Token] = []
-    last = [int(i) for i in before]
-    for one, kind in zip(map(int, ids), kinds, strict=False):
+    tokens: list[Token] = []
+    previous = [int(i) for i in before]
+    for token_id, kind in zip(map(int, ids), kinds, strict=False):
         # a partial character adds no text, so it is shown as it decodes alone
-        made.append(Token(said(*last, one)[len(said(*last)) :] or said(one), one, kind))
-        last = [one]
-    return made
+        tokens.append(Token(decode(*previous, token_id)[len(decode(*previous)) :] or decode(token_id), token_id, kind))
+        previous = [token_id]
+    return tokens

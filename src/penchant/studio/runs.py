@@ -89,24 +89,26 @@ class Runs:
         return self.studio.relative(folder)
 
     async def list(self, request: Request) -> Response:
-        lines, more = await run_in_threadpool(self.shelf.lines)
+        lines, cut_short = await run_in_threadpool(self.shelf.lines)
         word = request.query_params.get("q", "").strip().lower()
-        some = [line for line in lines if word in f"{line.path} {line.kind} {line.state} {line.method}".lower()]
-        part = "hx-request" in request.headers
-        template = "run_lines.html" if part else "runs.html"
-        return self.studio.page(request, template, lines=some, word=word, all=len(lines), more=more, now=time())
+        matching = [line for line in lines if word in f"{line.path} {line.kind} {line.state} {line.method}".lower()]
+        is_fragment = "hx-request" in request.headers
+        template = "run_lines.html" if is_fragment else "runs.html"
+        return self.studio.page(
+            request, template, lines=matching, word=word, all=len(lines), more=cut_short, now=time()
+        )
 
     async def view(self, request: Request) -> Response:
         """Show one run, or several overlaid."""
-        asked = list(dict.fromkeys(request.query_params.getlist("run")))
-        if not asked:
+        names = list(dict.fromkeys(request.query_params.getlist("run")))
+        if not names:
             raise HTTPException(404, "no run is named: choose some in the list")
-        alone = self.studio.resolve(asked[0])
-        if len(asked) == 1 and not is_run(alone) and self.studio.relative(alone) in self.processes.started:
-            return self._starting_page(request, self.studio.relative(alone))
+        folder = self.studio.resolve(names[0])
+        if len(names) == 1 and not is_run(folder) and self.studio.relative(folder) in self.processes.started:
+            return self._starting_page(request, self.studio.relative(folder))
         if "hx-request" in request.headers:  # from the page that waits for a run to start
             return Response(headers={"hx-refresh": "true"})
-        paths = [self.run_path(name) for name in asked[:MAX_RUNS]]
+        paths = [self.run_path(name) for name in names[:MAX_RUNS]]
         facts = {}
         for path in paths:
             view = await run_in_threadpool(self.shelf.follow, path)
@@ -115,27 +117,27 @@ class Runs:
             "paths": paths,
             "facts": facts,
             "titles": titles(),
-            "left_out": len(asked) - len(paths),
+            "left_out": len(names) - len(paths),
         }
         if len(paths) == 1:
             values |= {"config": read_text(self.studio.resolve(f"{paths[0]}/{CONFIG}"))[:100_000]}
             values |= self._allowed_actions(paths[0], facts[paths[0]]["state"])
-            asides = self.studio.resolve(paths[0]).glob("quarantine.*.jsonl")
-            values["aside"] = sorted(f.name for f in asides if is_linkable(f.name))
+            quarantine_files = self.studio.resolve(paths[0]).glob("quarantine.*.jsonl")
+            values["aside"] = sorted(f.name for f in quarantine_files if is_linkable(f.name))
         return self.studio.page(request, "run.html" if len(paths) == 1 else "overlay.html", **values)
 
     def _allowed_actions(self, path: str, state: str) -> dict[str, Any]:
         """Return which actions a run allows, and why its process failed if it did."""
         folder = self.studio.resolve(path)
-        locked, stopped = lock_state(folder) == "held", self.processes.stop_requested(path)
-        held = locked or self.processes.is_running(path)
-        ends = not held or stopped
-        starting = held and not stopped and state not in OPEN_STATES
+        locked, stop_requested = lock_state(folder) == "held", self.processes.stop_requested(path)
+        in_use = locked or self.processes.is_running(path)
+        ended_or_stopping = not in_use or stop_requested
+        starting = in_use and not stop_requested and state not in OPEN_STATES
         return {
             "failure": "" if state in OPEN_STATES else self.processes.failure(path),
-            "can_stop": held and not ends,
-            "doing": STOPPING_TEXT if locked and stopped else STARTING_TEXT if starting else "",
-            "can_resume": ends and state in ENDED_EARLY and (folder / CONFIG).is_file(),
+            "can_stop": in_use and not ended_or_stopping,
+            "doing": STOPPING_TEXT if locked and stop_requested else STARTING_TEXT if starting else "",
+            "can_resume": ended_or_stopping and state in ENDED_EARLY and (folder / CONFIG).is_file(),
         }
 
     async def actions(self, request: Request) -> Response:
@@ -149,14 +151,14 @@ class Runs:
         path = self.studio.relative(self.studio.resolve(request.query_params.get("path", ".")))
         lines, _ = await run_in_threadpool(self.shelf.lines)
         kind = request.query_params.get("kind", "")
-        line = next((e for e in lines if e.path == path and e.kind == kind), None)
+        line = next((entry for entry in lines if entry.path == path and entry.kind == kind), None)
         if line is None or kind == "run":
             raise HTTPException(404, "there is no such sweep, pipeline or comparison")
         prefix = "" if path == "." else f"{path}/"
-        inside = [e for e in lines if e is not line and e.path.startswith(prefix)]
+        members = [entry for entry in lines if entry is not line and entry.path.startswith(prefix)]
         table = mapping(read_folder(self.studio.resolve(path)).sweep.get("table"))
         return self.studio.page(
-            request, "group.html", line=line, lines=inside, settings=mappings(table.get("settings")),
+            request, "group.html", line=line, lines=members, settings=mappings(table.get("settings")),
             metric=metric(text(table.get("metric")).removeprefix("eval/")).title, best=sequence(table.get("best")), now=time(),
         )  # fmt: skip
 
@@ -168,15 +170,15 @@ class Runs:
         return StreamingResponse(self._events(Feed(self.shelf, paths)), media_type="text/event-stream")
 
     async def _events(self, feed: Feed) -> AsyncIterator[str]:
-        silent = 0
+        idle_updates = 0
         start: Mapping[str, Any] = {"start": True}
         while not self.studio.closing:
             updates = await run_in_threadpool(feed.updates)
-            silent = 0 if updates or start else silent + 1
+            idle_updates = 0 if updates or start else idle_updates + 1
             if updates or start:
                 yield f"data: {json.dumps({**start, 'runs': updates}, separators=(',', ':'))}\n\n"
                 start = {}
-            elif silent % BEAT == 0:
+            elif idle_updates % BEAT == 0:
                 yield ": still here\n\n"
             await asyncio.sleep(EVERY)
 
@@ -186,8 +188,8 @@ class Runs:
         for name in (SAMPLES, SAMPLES_BEFORE):
             self.studio.resolve(f"{path}/{name}")
         view = await run_in_threadpool(self.shelf.follow, path)
-        some = [sample_of(row) for row in islice(view.samples, SHOWN)]
-        return self.studio.page(request, "samples.html", samples=some, of=len(view.samples))
+        samples = [sample_of(row) for row in islice(view.samples, SHOWN)]
+        return self.studio.page(request, "samples.html", samples=samples, of=len(view.samples))
 
     async def report(self, request: Request) -> Response:
         """Return a folder's report: the existing one, or one rendered from its current files."""
@@ -205,57 +207,59 @@ class Runs:
 
     def _starting_page(self, request: Request, path: str) -> Response:
         """Show a run that was started but has not written anything yet."""
-        going = self.processes.is_running(path)
-        said = (
-            self.processes.output_of(path) if going else self.processes.failure(path) or self.processes.output_of(path)
+        running = self.processes.is_running(path)
+        output = (
+            self.processes.output_of(path)
+            if running
+            else self.processes.failure(path) or self.processes.output_of(path)
         )
-        return self.studio.page(request, "starting.html", run=path, going=going, said=said)
+        return self.studio.page(request, "starting.html", run=path, going=running, said=output)
 
     async def new(self, request: Request) -> Response:
         """Show the form, empty or filled in with the settings of a run."""
-        given: dict[str, str] = {}
-        if (like := request.query_params.get("like")) is not None:
-            folder = self.studio.resolve(self.run_path(like))
-            given = settings_of(read_folder(folder).config)
-            given["output"] = _unused_name(self.studio.folder, self.run_path(like))
-        offered = await run_in_threadpool(suggestions, self.studio.folder)
+        settings: dict[str, str] = {}
+        if (source_run := request.query_params.get("like")) is not None:
+            folder = self.studio.resolve(self.run_path(source_run))
+            settings = settings_of(read_folder(folder).config)
+            settings["output"] = _unused_name(self.studio.folder, self.run_path(source_run))
+        suggested = await run_in_threadpool(suggestions, self.studio.folder)
         first = first_keys()
         top = {key.path for key in first}
-        named = given.get("loss.name", ""), given.get("algorithm.name", "")
-        sections = [*form_parts(*named)]
-        known = top.union(*({key.path for key in part.keys} for part in sections))
-        more = "\n".join(f"{key}={value}" for key, value in given.items() if key not in known)
+        method = settings.get("loss.name", ""), settings.get("algorithm.name", "")
+        sections = [*form_parts(*method)]
+        form_paths = top.union(*({key.path for key in part.keys} for part in sections))
+        extra_lines = "\n".join(f"{key}={value}" for key, value in settings.items() if key not in form_paths)
         return self.studio.page(
-            request, "new.html", first=first, parts=sections, top=top, given=given, more=more, offered=offered
+            request, "new.html", first=first, parts=sections, top=top, given=settings, more=extra_lines, offered=suggested
         )  # fmt: skip
 
     async def own_keys(self, request: Request) -> Response:
         """Return the form fields of the selected loss or algorithm."""
-        asked = request.query_params
-        every = form_parts(asked.get("loss.name", ""), asked.get("algorithm.name", ""))
-        method = [part for part in every if part.title in ("loss", "algorithm")]
+        query = request.query_params
+        sections = form_parts(query.get("loss.name", ""), query.get("algorithm.name", ""))
+        method_parts = [part for part in sections if part.title in ("loss", "algorithm")]
         top = {key.path for key in first_keys()}
-        return self.studio.page(request, "new_parts.html", parts=method, top=top, given={}, offered={})
+        return self.studio.page(request, "new_parts.html", parts=method_parts, top=top, given={}, offered={})
 
     async def plan(self, request: Request) -> Response:
         """Show the form's YAML, the plan of the run, and the start button."""
-        given = await read_fields(request)
+        fields = await read_fields(request)
         values: dict[str, Any] = {"made": None, "error": "", "plan": None}
         try:
-            made = values["made"] = await run_in_threadpool(draft, self.studio.folder, given)
+            new_run = values["made"] = await run_in_threadpool(draft, self.studio.folder, fields)
             if self._planning.locked():
                 raise ConfigError("plan", "another one is being made", "wait for it")
             async with self._planning:
-                probe = ("probe", "on") in given
-                values["plan"] = await run_in_threadpool(self.processes.plan, made.text, probe)
+                probe = ("probe", "on") in fields
+                values["plan"] = await run_in_threadpool(self.processes.plan, new_run.text, probe)
         except PenchantError as error:
             values["error"] = str(error)
         return self.studio.page(request, "outcome.html", **values)
 
     async def start(self, request: Request) -> Response:
-        made = await run_in_threadpool(draft, self.studio.folder, await read_fields(request))
-        await run_in_threadpool(self.processes.start, made)
-        return _redirect_to_run(made.folder)
+        new_run = await run_in_threadpool(draft, self.studio.folder, await read_fields(request))
+        await run_in_threadpool(self.processes.start, new_run)
+        return _redirect_to_run(new_run.folder)
 
     async def stop(self, request: Request) -> Response:
         path = self._requested_run(await read_form(request))
@@ -267,8 +271,8 @@ class Runs:
         await run_in_threadpool(self.processes.resume, path)
         return _redirect_to_run(path)
 
-    def _requested_run(self, given: Mapping[str, str]) -> str:
-        path = self.studio.relative(self.studio.resolve(given.get("run", "")))
+    def _requested_run(self, params: Mapping[str, str]) -> str:
+        path = self.studio.relative(self.studio.resolve(params.get("run", "")))
         return path if path in self.processes.started else self.run_path(path)
 
 
@@ -309,11 +313,11 @@ def sample_of(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "turns": turns or [("prompt", text(row.get("prompt")))],
-        "answers": [(name, text(said), rewards[name]) for name, said in answers.items() if said is not None],
+        "answers": [(name, text(answer), rewards[name]) for name, answer in answers.items() if answer is not None],
     }
 
 
 def area(studio: Studio) -> Area:
     """Return the area of runs."""
-    made = Runs(studio)
-    return Area("Runs", "/runs", made.routes, made.processes.close, made.shelf.lines)
+    runs = Runs(studio)
+    return Area("Runs", "/runs", runs.routes, runs.processes.close, runs.shelf.lines)

@@ -39,23 +39,23 @@ class FoundFolder:
 
 def find_folders(root: Path) -> tuple[list[FoundFolder], bool]:
     """Return (what was found in a folder, whether the search was cut short); links are not followed."""
-    found: list[FoundFolder] = []
-    level, looked = [(root, "")], 0
+    found_folders: list[FoundFolder] = []
+    level, folder_count = [(root, "")], 0
     for depth in range(DEPTH + 1):
-        below: list[tuple[Path, str]] = []
+        next_level: list[tuple[Path, str]] = []
         for folder, path in level:
-            looked += 1
-            if looked > MAX_FOLDERS:
-                return found, True
+            folder_count += 1
+            if folder_count > MAX_FOLDERS:
+                return found_folders, True
             names, folders = _scan_folder(folder)
             is_run = bool(names & IS_RUN)
             kinds = ["run"] if is_run else []
             kinds += [kind for name, kind in GROUPS.items() if name in names]
-            found += [FoundFolder(kind, path or ".") for kind in kinds]
+            found_folders += [FoundFolder(kind, path or ".") for kind in kinds]
             if depth < DEPTH:
-                below += [(folder / name, f"{path}/{name}".lstrip("/")) for name in folders]
-        level = below
-    return found, False
+                next_level += [(folder / name, f"{path}/{name}".lstrip("/")) for name in folders]
+        level = next_level
+    return found_folders, False
 
 
 def _scan_folder(folder: Path) -> tuple[set[str], list[str]]:
@@ -66,8 +66,8 @@ def _scan_folder(folder: Path) -> tuple[set[str], list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    shown = entry.name[0] != "." and entry.name not in NO_RUNS and is_linkable(entry.name)
-                    folders += [entry.name] * shown
+                    may_hold_runs = entry.name[0] != "." and entry.name not in NO_RUNS and is_linkable(entry.name)
+                    folders += [entry.name] * may_hold_runs
                 else:
                     names.add(entry.name)
     except OSError:
@@ -126,49 +126,49 @@ class Shelf:
     def lines(self) -> tuple[list[Line], bool]:
         """Return (all entries, most recently changed first, whether the search was cut short)."""
         with self._lock:
-            found, more = find_folders(self.root)
-            runs = {f.path: self._run(f.path) for f in found if f.kind == "run"}
+            folders, cut_short = find_folders(self.root)
+            runs = {f.path: self._run(f.path) for f in folders if f.kind == "run"}
             self._brief_views = {path: self._brief_views[path] for path in runs}
-            lines = [*runs.values(), *(self._group(f, runs) for f in found if f.kind != "run")]
-        return sorted(lines, key=lambda line: -line.changed), more
+            lines = [*runs.values(), *(self._group(f, runs) for f in folders if f.kind != "run")]
+        return sorted(lines, key=lambda line: -line.changed), cut_short
 
     def _run(self, path: str) -> Line:
         view = self._brief_views.setdefault(path, RunView(self.root / path, path, brief=True))
         view.refresh()
         return line_of(view, path)
 
-    def _group(self, found: FoundFolder, runs: Mapping[str, Line]) -> Line:
-        name = next(name for name, kind in GROUPS.items() if kind == found.kind)
-        file = self.root / found.path / name
-        whole = self._groups.setdefault((found.kind, found.path), CachedFile[dict[str, Any]](file, json_object, {}))
-        said = whole.read()
+    def _group(self, group: FoundFolder, runs: Mapping[str, Line]) -> Line:
+        name = next(name for name, kind in GROUPS.items() if kind == group.kind)
+        file = self.root / group.path / name
+        cached = self._groups.setdefault((group.kind, group.path), CachedFile[dict[str, Any]](file, json_object, {}))
+        content = cached.read()
         changed = _last_modified(file)
-        if found.kind == "comparison":
-            return Line("comparison", found.path, headline=_comparison_headline(said), changed=changed)
-        records = mapping(said.get("runs" if found.kind == "sweep" else "stages"))
-        inside: dict[str, int] = {}
+        if group.kind == "comparison":
+            return Line("comparison", group.path, headline=_comparison_headline(content), changed=changed)
+        records = mapping(content.get("runs" if group.kind == "sweep" else "stages"))
+        counts: dict[str, int] = {}
         for record in records.values():
             state = text(mapping(record).get("state")) or "to come"
-            inside[state] = inside.get(state, 0) + 1
-        prefix = "" if found.path == "." else f"{found.path}/"
+            counts[state] = counts.get(state, 0) + 1
+        prefix = "" if group.path == "." else f"{group.path}/"
         active = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
-        done = bool(records) and set(inside) <= {"finished", "stopped", "cut"}
-        state = "running" if active or lock_state(file.parent) == "held" else "finished" if done else "interrupted"
-        table = mapping(said.get("table"))
+        all_done = bool(records) and set(counts) <= {"finished", "stopped", "cut"}
+        state = "running" if active or lock_state(file.parent) == "held" else "finished" if all_done else "interrupted"
+        table = mapping(content.get("table"))
         best = ", ".join(text(name) for name in sequence(table.get("best"))[:3])
         headline = f"best by validation: {best}" if best else ""
-        return Line(found.kind, found.path, state, headline=headline, changed=changed, inside=inside)
+        return Line(group.kind, group.path, state, headline=headline, changed=changed, inside=counts)
 
     def follow(self, path: str) -> RunView:
         """Return a run with its curves, up to date; it is read at most twice a second, however many pages show it."""
         with self._lock:
-            view, read = self._full_views.get(path) or (RunView(self.root / path, path), 0.0)
+            view, read_at = self._full_views.get(path) or (RunView(self.root / path, path), 0.0)
             now = time.monotonic()
-            if now - read >= FRESH:
+            if now - read_at >= FRESH:
                 view.refresh()
-                read = now
+                read_at = now
             self._full_views.pop(path, None)
-            self._full_views[path] = (view, read)  # moved to the end, so the least recently requested come first
+            self._full_views[path] = (view, read_at)  # moved to the end, so the least recently requested come first
             while len(self._full_views) > MAX_FULL_VIEWS:
                 self._full_views.pop(next(iter(self._full_views)))
             return view
@@ -179,18 +179,18 @@ MAX_FULL_VIEWS = 40  # runs whose curves are kept in memory
 
 
 def _last_modified(*files: Path) -> float:
-    found = [0.0]
+    times = [0.0]
     for file in files:
         try:
-            found.append(file.stat().st_mtime)
+            times.append(file.stat().st_mtime)
         except OSError:
             continue
-    return max(found)
+    return max(times)
 
 
-def _comparison_headline(figures: Mapping[str, Any]) -> str:
-    sentences = [said for said in sequence(figures.get("sentences")) if isinstance(said, str)]
-    models = mapping(figures.get("models"))
+def _comparison_headline(comparison: Mapping[str, Any]) -> str:
+    sentences = [sentence for sentence in sequence(comparison.get("sentences")) if isinstance(sentence, str)]
+    models = mapping(comparison.get("models"))
     return sentences[0] if sentences else f"compares {', '.join(models)}" if models else ""
 
 
@@ -218,13 +218,13 @@ def line_of(view: RunView, path: str) -> Line:
 
 def headline_of(view: RunView, name: str | None = None) -> tuple[str, str]:
     """Return (name of a run's main metric, its last value with its interval); both empty if there is none."""
-    found = Member(view).metric(name)
-    if found is None:
+    figure = Member(view).metric(name)
+    if figure is None:
         return "", ""
-    known = metric(found.name.removeprefix("train "))
-    words = known.label or known.picture or known.name
-    label = f"{words} in training" if found.name.startswith("train ") else words
-    return label, with_interval(found.value, found.interval, known.share)
+    description = metric(figure.name.removeprefix("train "))
+    title = description.label or description.picture or description.name
+    label = f"{title} in training" if figure.name.startswith("train ") else title
+    return label, with_interval(figure.value, figure.interval, description.share)
 
 
 # ---- Live updates of a run ----
@@ -249,18 +249,18 @@ class Feed:
 
         ``line`` is ``{metric: [[steps], [values]]}`` in training, ``points`` ``{metric: [[steps], [values], [lows], [highs]]}`` held out.
         """
-        found = {}
+        updates = {}
         for path in self._paths:
-            if made := self._run_update(path, self._shelf.follow(path)):
-                found[path] = made
-        return found
+            if update := self._run_update(path, self._shelf.follow(path)):
+                updates[path] = update
+        return updates
 
     def _run_update(self, path: str, view: RunView) -> dict[str, Any]:
         curves: dict[str, Sequence[Any]] = {**view.line, **view.points}
-        anew = any(self._was_rewritten(path, key, curves.get(key, ())) for of, key in self._sent if of == path)
-        if anew:
+        rewritten = any(self._was_rewritten(path, key, curves.get(key, ())) for p, key in self._sent if p == path)
+        if rewritten:
             self._sent = {k: v for k, v in self._sent.items() if k[0] != path}
-        made: dict[str, Any] = {"anew": True} if anew else {}
+        update: dict[str, Any] = {"anew": True} if rewritten else {}
         lines = {key: [[x for x, _ in new], [y for _, y in new]] for key, new in self._new_points(path, view.line)}
         points = {
             key.removeprefix("eval/"): [
@@ -270,12 +270,12 @@ class Feed:
             ]
             for key, new in self._new_points(path, view.points)
         }
-        made |= {"line": lines} if lines else {}
-        made |= {"points": points} if points else {}
+        update |= {"line": lines} if lines else {}
+        update |= {"points": points} if points else {}
         facts = facts_of(view, path)
         if facts != self._facts.get(path):
-            self._facts[path] = made["facts"] = facts
-        return made
+            self._facts[path] = update["facts"] = facts
+        return update
 
     def _was_rewritten(self, path: str, key: str, values: Sequence[Any]) -> bool:
         count, last = self._sent[path, key]
@@ -299,15 +299,15 @@ def _curve_order(key: str) -> tuple[int, str]:
 
 def thin(values: Sequence[Any]) -> Sequence[Any]:
     """Thin the values evenly to at most `MOST_POINTS` + 1; the last one is always kept."""
-    every = -(-len(values) // MOST_POINTS)
-    kept = values[::every]
-    return kept if every == 1 or (len(values) - 1) % every == 0 else [*kept, values[-1]]
+    stride = -(-len(values) // MOST_POINTS)
+    thinned = values[::stride]
+    return thinned if stride == 1 or (len(values) - 1) % stride == 0 else [*thinned, values[-1]]
 
 
 def facts_of(view: RunView, path: str) -> dict[str, Any]:
     """Return what a run's page shows beside its curves, made safe for HTML."""
     line = line_of(view, path)
-    speed, left = view.speed, view.seconds_left if view.state in OPEN_STATES else None
+    speed, seconds_left = view.speed, view.seconds_left if view.state in OPEN_STATES else None
     return {
         "state": line.state,
         "why": escape_hidden(line.why),
@@ -315,7 +315,7 @@ def facts_of(view: RunView, path: str) -> dict[str, Any]:
         "share": line.share,
         "label": line.label,
         "headline": line.headline,
-        "left": duration(left) if left is not None else "",
+        "left": duration(seconds_left) if seconds_left is not None else "",
         "speed": "" if speed is None else f"{speed.tokens:,.0f} tokens/s",
         "memory": "" if view.memory is None else f"{view.memory:.1f} GB",
         "flags": [

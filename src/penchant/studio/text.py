@@ -18,9 +18,9 @@ FOLD_CHARACTERS, FOLD_LINES = 1400, 26  # longer answers are folded, along with 
 
 @lru_cache
 def _markdown() -> MarkdownIt:
-    made = MarkdownIt("commonmark", {"html": False, "linkify": False, "breaks": True})
-    made.enable(["table", "strikethrough"])
-    made.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
+    parser = MarkdownIt("commonmark", {"html": False, "linkify": False, "breaks": True})
+    parser.enable(["table", "strikethrough"])
+    parser.disable(["link", "image", "autolink", "html_inline", "html_block", "reference"])
 
     def text(self: Any, tokens: Any, index: int, options: Any, env: Any) -> str:
         return text_html(tokens[index].content)
@@ -32,8 +32,8 @@ def _markdown() -> MarkdownIt:
         return f'<pre tabindex="0"><code>{text_html(tokens[index].content)}</code></pre>\n'
 
     for name, rule in (("text", text), ("code_inline", code), ("code_block", block), ("fence", block)):
-        made.add_render_rule(name, rule)
-    return made
+        parser.add_render_rule(name, rule)
+    return parser
 
 
 @lru_cache(maxsize=256)
@@ -41,19 +41,19 @@ def render_markdown(text: str) -> Markup:
     """Render a text as HTML."""
     if not text.strip():
         return Markup('<p class="soft">(an empty answer)</p>')
-    rest = len(text) - CUT
-    shown = text[:CUT]
+    hidden_count = len(text) - CUT
+    start = text[:CUT]
     if len(text) > LONGEST:
-        html = f'<div class="plain">{text_html(shown)}</div>'
+        html = f'<div class="plain">{text_html(start)}</div>'
     else:
         try:
             # turn headings into paragraphs, since they would become headings of the page, and drop the inline styles of cells
-            html = re.sub(r"<(/?)h[1-6]>", lambda m: "</p>" if m[1] else '<p class="head">', _markdown().render(shown))
+            html = re.sub(r"<(/?)h[1-6]>", lambda m: "</p>" if m[1] else '<p class="head">', _markdown().render(start))
             html = re.sub(r'<(t[hd]) style="text-align:\w+">', r"<\1>", html)
         except (RecursionError, ValueError):
-            html = f'<div class="plain">{text_html(shown)}</div>'
-    cut = f'<p class="soft">({rest:,} more characters are not shown)</p>' if rest > 0 else ""
-    return Markup(html + cut)
+            html = f'<div class="plain">{text_html(start)}</div>'
+    note = f'<p class="soft">({hidden_count:,} more characters are not shown)</p>' if hidden_count > 0 else ""
+    return Markup(html + note)
 
 
 def should_fold(*texts: str) -> bool:

@@ -142,8 +142,8 @@ class Writers:
                 client.stream("POST", f"{endpoint.url}/chat/completions", json=body, headers=headers) as reply,
             ):
                 if reply.status_code != 200:
-                    said = endpoint.without_key(one_line(error_message(await reply.aread()))[:300])
-                    raise DataError(where, f"answered {reply.status_code}: {said}", "check its address and model")
+                    message = endpoint.without_key(one_line(error_message(await reply.aread()))[:300])
+                    raise DataError(where, f"answered {reply.status_code}: {message}", "check its address and model")
                 async for line in reply.aiter_lines():
                     if piece := _delta_text(line):
                         yield piece
@@ -168,10 +168,10 @@ def approve_endpoint(url: str, key_env: str) -> None:
 
 def _approved_endpoints() -> list[Any]:
     try:
-        found = json.loads((cache_folder("studio") / KEYS).read_text(encoding="utf-8"))
+        approved = json.loads((cache_folder("studio") / KEYS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return found if isinstance(found, list) else []
+    return approved if isinstance(approved, list) else []
 
 
 def _delta_text(line: str) -> str:

@@ -60,17 +60,17 @@ def long_key(key: str, base: Mapping[str, Any], where: str) -> str:
     if key in SYNONYMS:
         raise ConfigError(where, f'unknown key "{key}"', f'did you mean "{SYNONYMS[key]}"?')
     method = "algorithm" if base.get("algorithm") is not None else "loss"
-    found = [name for name, keys in _SECTIONS.items() if key in keys]
+    sections = [name for name, keys in _SECTIONS.items() if key in keys]
     algorithms = {i.alias or n for c in ALGORITHMS.values() for n, i in c.model_fields.items()}
     if key in (algorithms if method == "algorithm" else _LOSS_KEYS) or key == "name":
-        found.append(method)
-    if len(found) == 1:
-        return f"{found[0]}.{key}"
-    if found:
-        raise ConfigError(where, f'"{key}" may be {" or ".join(f"{f}.{key}" for f in found)}', "write it out")
-    every = sorted({f for keys in _SECTIONS.values() for f in keys} | _LOSS_KEYS | algorithms)
-    near = closest(key, every)
-    how = f'did you mean "{near}"?' if near else "write it out: section.key"
+        sections.append(method)
+    if len(sections) == 1:
+        return f"{sections[0]}.{key}"
+    if sections:
+        raise ConfigError(where, f'"{key}" may be {" or ".join(f"{f}.{key}" for f in sections)}', "write it out")
+    known_keys = sorted({f for keys in _SECTIONS.values() for f in keys} | _LOSS_KEYS | algorithms)
+    suggestion = closest(key, known_keys)
+    how = f'did you mean "{suggestion}"?' if suggestion else "write it out: section.key"
     raise ConfigError(where, f'unknown key "{key}"', how)
 
 
@@ -83,13 +83,13 @@ def grid(section: Any, places: Places, source: str, base: Mapping[str, Any]) -> 
         raise ConfigError(place, f"grid is {section!r}", "indent keys with lists below it: loss.beta: [0.1, 0.3]")
     axes: dict[str, list[Setting]] = {}
     for path, values in _leaves(section, ("grid",)):
-        at = place_of(path, places, source)
-        key = long_key(".".join(path[1:]), base, at)
+        key_place = place_of(path, places, source)
+        key = long_key(".".join(path[1:]), base, key_place)
         if not isinstance(values, list) or not values:
-            raise ConfigError(at, f"grid.{key} is {values!r}", "give a list of values")
+            raise ConfigError(key_place, f"grid.{key} is {values!r}", "give a list of values")
         if key in axes:
-            raise ConfigError(at, f"{key} is in the grid twice", "keep one")
-        axes[key] = axis(key, values, [place_of((*path, str(i)), places, at) for i in range(len(values))])
+            raise ConfigError(key_place, f"{key} is in the grid twice", "keep one")
+        axes[key] = axis(key, values, [place_of((*path, str(i)), places, key_place) for i in range(len(values))])
     return axes
 
 
@@ -112,8 +112,8 @@ def axis(key: str, values: Sequence[Any], places: Sequence[str]) -> list[Setting
             raise ConfigError(places[i], f"{key}: {value!r} is listed twice", "keep one")
     labels: list[str] = []
     for value in values:
-        made = label(value)
-        labels.append(made if made not in labels else f"{made}_{len(labels) + 1}")
+        value_label = label(value)
+        labels.append(value_label if value_label not in labels else f"{value_label}_{len(labels) + 1}")
     return [(key, *each) for each in zip(values, labels, places, strict=True)]
 
 
@@ -185,7 +185,7 @@ class Sweep:
     trial: Callable[[int, Mapping[str, Any]], SweepRun] | None = field(default=None, compare=False)
 
 
-def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Sweep:
+def load_sweep(config_or_path: Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep from a YAML file or a mapping, or make one from a run's config and override lists.
 
     Args:
@@ -194,7 +194,7 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every run's config is checked.
     """
-    values, places, source = read_values(given, SHAPE, "sweep")
+    values, places, source = read_values(config_or_path, SHAPE, "sweep")
     if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
         values, places = _sweep_of_run(values, places)
     sweep_overrides, base_overrides = _split_overrides(overrides)
@@ -203,10 +203,10 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
     base, base_places = _base(values, places, source)
     axes = grid(values.get("grid"), places, source, base)
     for text in base_overrides:
-        key, listed = _parse_axis(text)
+        key, choices = _parse_axis(text)
         key = long_key(key, base, "command line") if "." not in key else key
-        if len(listed) > 1 or key in axes:
-            axes[key] = axis(key, listed, ["command line"] * len(listed))
+        if len(choices) > 1 or key in axes:
+            axes[key] = axis(key, choices, ["command line"] * len(choices))
         else:
             base_places = apply_overrides(base, base_places, [text])
     factory = _RunFactory(base, base_places, source, output)
@@ -216,7 +216,7 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
     if not axes and list(variants) == [BASE]:
         how = "add a grid: {loss.beta: [0.1, 0.3]}, or runs, or loss.beta=0.1,0.3"
         raise ConfigError(source, "nothing varies", how)
-    runs = tuple(factory.run(*made) for made in _combinations(variants, axes))
+    runs = tuple(factory.run(*combination) for combination in _combinations(variants, axes))
     _check_names(runs, source)
     for run in runs:
         _check_run(run)
@@ -231,18 +231,18 @@ def load_sweep(given: Mapping[str, Any] | str | Path, overrides: Sequence[str] =
 def _sweep_of_run(values: dict[str, Any], places: Places) -> tuple[dict[str, Any], Places]:
     """Use a run's config as a sweep's base. The sweep's output is the run's output with ``-sweep`` appended."""
     base = {k: v for k, v in values.items() if k != "output"}
-    made: dict[str, Any] = {"base": base}
+    sweep: dict[str, Any] = {"base": base}
     if isinstance(values.get("output"), str):
-        made["output"] = f"{values['output']}-sweep"
-    return made, {("base", *p): place for p, place in places.items()}
+        sweep["output"] = f"{values['output']}-sweep"
+    return sweep, {("base", *p): place for p, place in places.items()}
 
 
 def _split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split overrides into those of the sweep's own keys and those of its base."""
     sweep_overrides, base_overrides = [], []
     for text in overrides:
-        first = text.split("=")[0].split(".")[0].strip()
-        if first in KEYS and first != "base":
+        top_key = text.split("=")[0].split(".")[0].strip()
+        if top_key in KEYS and top_key != "base":
             sweep_overrides.append(text)
         else:
             base_overrides.append(text.removeprefix("base."))
@@ -255,10 +255,10 @@ def _parse_axis(text: str) -> tuple[str, list[Any]]:
     if not equals or not key.strip():
         raise ConfigError("command line", f"{text!r} is not an override", "write key.path=value, or key.path=a,b,c")
     try:
-        listed, _ = parse_yaml(f"[{raw}]", "command line")
+        choices, _ = parse_yaml(f"[{raw}]", "command line")
     except ConfigError:
-        listed = [raw]  # not a list; an invalid value is reported when it is set
-    return key.strip(), listed
+        choices = [raw]  # not a list; an invalid value is reported when it is set
+    return key.strip(), choices
 
 
 def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[str, Any], Places]:
@@ -266,17 +266,17 @@ def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[
     base = values.get("base")
     place = place_of(("base",), places, source)
     if isinstance(base, str):
-        near = Path(source).parent / base
-        base, found = read_mapping(near if near.exists() else base, SHAPE)
+        sibling = Path(source).parent / base
+        base, base_places = read_mapping(sibling if sibling.exists() else base, SHAPE)
         base = plain_values(base)
     else:
-        found = {p[1:]: place for p, place in places.items() if p[0] == "base" and p[1:]}
+        base_places = {p[1:]: place for p, place in places.items() if p[0] == "base" and p[1:]}
     if not isinstance(base, dict) or not base:
         raise ConfigError(place, "base is missing", "add it: the path of a run's config, or its sections")
     if "stages" in base:
         raise ConfigError(place, "base is a pipeline", "give a run's config")
     base.pop("output", None)
-    return base, expand_source_list(base, found)
+    return base, expand_source_list(base, base_places)
 
 
 # ---- What varies ----
@@ -289,29 +289,31 @@ def _variants(section: Any, places: Places, source: str) -> dict[str, tuple[dict
     place = place_of(("runs",), places, source)
     if not isinstance(section, dict) or not section:
         raise ConfigError(place, "runs is not a mapping", "write runs: {dpo: {loss: dpo}, ipo: {loss: {name: ipo}}}")
-    made = {}
+    variants = {}
     for name, values in section.items():
-        at = place_of(("runs", name), places, source)
+        variant_place = place_of(("runs", name), places, source)
         if not _NAME.fullmatch(name):
-            raise ConfigError(at, f"runs.{name}: not a name", "use letters, digits, _, -, + and .")
+            raise ConfigError(variant_place, f"runs.{name}: not a name", "use letters, digits, _, -, + and .")
         if values is not None and not isinstance(values, dict):
-            raise ConfigError(at, f"runs.{name} is {values!r}", "it is a section: indent its keys below it")
+            raise ConfigError(variant_place, f"runs.{name} is {values!r}", "it is a section: indent its keys below it")
         if "output" in (values or {}):
-            raise ConfigError(at, f"runs.{name}.output is set", "leave it out: its folder is the sweep's and its name")
+            raise ConfigError(
+                variant_place, f"runs.{name}.output is set", "leave it out: its folder is the sweep's and its name"
+            )
         own_places = {p[2:]: where for p, where in places.items() if p[:2] == ("runs", name) and p[2:]}
-        made[name] = (values or {}, own_places)
-    return made
+        variants[name] = (values or {}, own_places)
+    return variants
 
 
 def _combinations(
     variants: Mapping[str, tuple[dict[str, Any], Places]], axes: Mapping[str, list[Setting]]
 ) -> Iterator[tuple[str, tuple[dict[str, Any], Places], list[Setting]]]:
     """Variant and settings of every run. Seeds vary slowest, so that an interrupted sweep has trained all settings equally often."""
-    rest = [a for key, a in axes.items() if key != SEED]
+    other_axes = [a for key, a in axes.items() if key != SEED]
     seeds: list[tuple[Setting, ...]] = [(s,) for s in axes[SEED]] if SEED in axes else [()]
     for seed in seeds:
         for name, override in variants.items():
-            for settings in itertools.product(*rest):
+            for settings in itertools.product(*other_axes):
                 yield name, override, [*settings, *seed]
 
 
@@ -325,19 +327,19 @@ class _RunFactory:
     output: Path
 
     def run(self, variant: str, override: tuple[dict[str, Any], Places], settings: Sequence[Setting]) -> SweepRun:
-        last = [key.split(".")[-1] for key, *_ in settings]  # the last part names a key, the whole key if two share it
-        short = {key: end if last.count(end) == 1 else key for (key, *_), end in zip(settings, last, strict=True)}
-        before = [variant] if variant != BASE else []
+        ends = [key.split(".")[-1] for key, *_ in settings]  # the last part names a key, the whole key if two share it
+        short_keys = {key: end if ends.count(end) == 1 else key for (key, *_), end in zip(settings, ends, strict=True)}
+        prefix = [variant] if variant != BASE else []
         values, places = (
             merge_settings(copy.deepcopy(self.base), copy.deepcopy(override[0])),
             {**self.places, **override[1]},
         )
         # the loss's name first, because setting it drops the settings of another loss
-        for key, value, _, where in sorted(settings, key=lambda s: not s[0].endswith("name")):
-            places = set_key(values, places, tuple(key.split(".")), copy.deepcopy(value), where)
-        pieces = [(key, t if key in ("loss", "loss.name") else f"{short[key]}-{t}") for key, _, t, _ in settings]
-        name = "-".join([*before, *(piece for _, piece in pieces)])
-        setting = "-".join([*before, *(piece for key, piece in pieces if key != SEED)]) or "all"
+        for key, value, _, place in sorted(settings, key=lambda s: not s[0].endswith("name")):
+            places = set_key(values, places, tuple(key.split(".")), copy.deepcopy(value), place)
+        pieces = [(key, t if key in ("loss", "loss.name") else f"{short_keys[key]}-{t}") for key, _, t, _ in settings]
+        name = "-".join([*prefix, *(piece for _, piece in pieces)])
+        setting = "-".join([*prefix, *(piece for key, piece in pieces if key != SEED)]) or "all"
         varied = ({"run": variant} if variant != BASE else {}) | {key: value for key, value, *_ in settings}
         data, train = values.get("data"), self.base.get("train")
         if isinstance(data, dict) and data.get("split_seed") is None and not data.get("eval_path"):
@@ -347,11 +349,11 @@ class _RunFactory:
 
 
 def _check_names(runs: Sequence[SweepRun], source: str) -> None:
-    seen: set[str] = set()
+    names: set[str] = set()
     for run in runs:
-        if run.name.lower() in seen:
+        if run.name.lower() in names:
             raise ConfigError(source, f"two runs would be called {run.name}", "give runs other names")
-        seen.add(run.name.lower())
+        names.add(run.name.lower())
 
 
 def _check_run(run: SweepRun) -> None:
@@ -372,11 +374,11 @@ def _metric(
     metric, direction = values.get("metric"), values.get("direction")
     place = place_of(("metric",), places, source)
     if metric is None:
-        usual = sorted({c.method.metric for c in configs})
-        if len(usual) > 1:
-            what = f"metric is missing, and these runs have no one ({', '.join(usual)})"
+        defaults = sorted({c.method.metric for c in configs})
+        if len(defaults) > 1:
+            what = f"metric is missing, and these runs have no one ({', '.join(defaults)})"
             raise ConfigError(place, what, "set metric")
-        metric = usual[0]
+        metric = defaults[0]
     check_metric(metric, "metric", place)
     if direction not in (None, "min", "max"):
         raise ConfigError(place_of(("direction",), places, source), f"direction is {direction!r}", "give min or max")
@@ -401,24 +403,24 @@ def _search(
         key: long_key(key, factory.base, place_of(("search", "space", key), places, source)) for key in config.space
     }
     config = config.model_copy(update={"space": {keys[k]: v for k, v in config.space.items()}})
-    where = {long: place_of(("search", "space", key), places, source) for key, long in keys.items()}
+    key_places = {long: place_of(("search", "space", key), places, source) for key, long in keys.items()}
 
-    def trial(number: int, drawn: Mapping[str, Any]) -> SweepRun:
-        settings = [(key, value, label(value), where[key]) for key, value in drawn.items()]
-        made = factory.run(BASE, ({}, {}), settings)
+    def trial(number: int, params: Mapping[str, Any]) -> SweepRun:
+        settings = [(key, value, label(value), key_places[key]) for key, value in params.items()]
+        run = factory.run(BASE, ({}, {}), settings)
         name = f"trial-{number}"
-        return replace(made, name=name, setting=name, folder=factory.output / name)
+        return replace(run, name=name, setting=name, folder=factory.output / name)
 
     configs = []
     for corner in _corners(config.space):  # check every bound and choice before anything trains
-        made = trial(0, corner)
-        _check_run(made)
-        configs.append(made.config)
+        run = trial(0, corner)
+        _check_run(run)
+        configs.append(run.config)
     cluster = read_cluster(values, places, source, configs)
     return Sweep(source, factory.output, (), *_metric(values, places, source, configs), cluster, None, config, trial)
 
 
 def _corners(space: Mapping[str, Range | list[Any]]) -> Iterator[dict[str, Any]]:
-    ends = {k: v if isinstance(v, list) else [v.low, v.high] for k, v in space.items()}
-    for i in range(max(map(len, ends.values()))):
-        yield {k: v[min(i, len(v) - 1)] for k, v in ends.items()}
+    choices = {k: v if isinstance(v, list) else [v.low, v.high] for k, v in space.items()}
+    for i in range(max(map(len, choices.values()))):
+        yield {k: v[min(i, len(v) - 1)] for k, v in choices.items()}

@@ -72,8 +72,8 @@ def read_cluster(values: Mapping[str, Any], places: Places, source: str, runs: S
         raise ConfigError(place, "cluster.gpus is missing", "say how many GPUs each run gets, e.g. cluster.gpus=1 or 0")
     if config.gpus == 0 and any(c.model.device == "cuda" for c in runs):
         raise ConfigError(place, "cluster.gpus is 0, and model.device is cuda", "set cluster.gpus to 1")
-    for name, said in {"partition": config.partition or "", **config.options}.items():
-        if not name.replace("-", "").isalnum() or not str(said).isprintable():  # both go into the job's script
+    for name, value in {"partition": config.partition or "", **config.options}.items():
+        if not name.replace("-", "").isalnum() or not str(value).isprintable():  # both go into the job's script
             what = f"cluster.options.{name}" if name in config.options else f"cluster.{name}"
             raise ConfigError(place, f"{what!r} is not a one-line option", "write it as sbatch has it, without --")
     other, names = ("Ray", SLURM_KEYS) if config.on == "ray" else ("Slurm", RAY_KEYS)
@@ -150,17 +150,17 @@ class Slurm:
         try:
             job = self.submitter.submit(_in_slurm, str(order))
         except Exception as error:  # submitit wraps sbatch's errors in its own classes
-            said = str(error).strip().splitlines()
-            what = f"sbatch did not take run {name}: {said[-1] if said else error!r}"
+            lines = str(error).strip().splitlines()
+            what = f"sbatch did not take run {name}: {lines[-1] if lines else error!r}"
             raise ConfigError("cluster", what, "see its options") from error
         self.jobs[job.job_id] = job
         return str(job.job_id)
 
     def ended(self, job: str, stopped: bool = False) -> str | None:
-        found = self._job(job)
+        slurm_job = self._job(job)
         if stopped:
-            found.get_info(mode="force")
-        state = str(found.state)
+            slurm_job.get_info(mode="force")
+        state = str(slurm_job.state)
         if state == "UNKNOWN" and not stopped:  # not yet in Slurm's accounting, or accounting is off
             queue = self._queue_states()
             state = "PENDING" if queue is None else queue.get(job, "gone from the queue")
@@ -172,8 +172,8 @@ class Slurm:
             self.queue_read_at, self.queue = time.monotonic(), None
             command = ["squeue", "--me", "--noheader", "--states=all", "--format=%A %T"]
             with suppress(OSError, subprocess.SubprocessError):
-                said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-                self.queue = dict(line.split() for line in said.splitlines())
+                output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+                self.queue = dict(line.split() for line in output.splitlines())
         return self.queue
 
     def log(self, job: str, order: Path) -> Path:
@@ -211,15 +211,15 @@ class Ray:
             try:
                 ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False, configure_logging=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
-                said = str(error).splitlines()[0]
-                what, how = f"{address}: {said}", "start Ray there: ray start --head"
+                message = str(error).splitlines()[0]
+                what, how = f"{address}: {message}", "start Ray there: ray start --head"
                 raise ConfigError("cluster.address", what, how) from error
-        wanted = {
+        resources = {
             "num_gpus": config.gpus,
             "num_cpus": config.cpus,
             "memory": None if config.memory is None else int(config.memory * 1e9),
         }
-        self.options = {k: v for k, v in wanted.items() if v is not None}
+        self.options = {k: v for k, v in resources.items() if v is not None}
         self.ray, self.actor = ray, ray.remote(_Actor)
 
     def submit(self, name: str, order: Path) -> str:
@@ -251,12 +251,12 @@ class _Actor:
     def train(self, order: str, log: str) -> None:
         import ray
 
-        with suppress(OSError), open(log, "ab") as said:
+        with suppress(OSError), open(log, "ab") as log_file:
             subprocess.run(
                 [sys.executable, "-m", "penchant.sweep.worker", "--order", order],
                 stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
+                stdout=log_file,
+                stderr=log_file,
                 check=False,
             )
         ray.actor.exit_actor()

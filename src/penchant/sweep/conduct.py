@@ -16,7 +16,7 @@ from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
 from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, write_summed
 from penchant.runs import Run
-from penchant.runs.sharing import Shared
+from penchant.runs.sharing import ObjectCache
 from penchant.runs.state import (
     Inputs,
     Planned,
@@ -46,41 +46,41 @@ Records = Mapping[str, dict[str, Any]]
 
 def at_rung(record: Mapping[str, Any], rung: int) -> Mapping[str, Any] | None:
     """Held-out metrics of a run at a rung, or None if it has not reached it."""
-    found = record.get("rungs", {}).get(str(rung))
-    return None if found is None else found["metrics"]
+    entry = record.get("rungs", {}).get(str(rung))
+    return None if entry is None else entry["metrics"]
 
 
 def standings_at(runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int) -> list[Standing]:
     """Rank the settings that entered a rung, best first. Depends on the records alone, so it can be repeated."""
-    entered = list(dict.fromkeys(r.setting for r in runs))
-    found: list[Standing] = []
+    settings = list(dict.fromkeys(r.setting for r in runs))
+    ranking: list[Standing] = []
     for k in range(1, rung + 1):
-        values = {s: [_value(records, r, halving, k) for r in runs if r.setting == s] for s in entered}
-        found = standings(values, halving)
-        entered = [s.setting for s in found if s.kept]
-    return found
+        values = {s: [_value(records, r, halving, k) for r in runs if r.setting == s] for s in settings}
+        ranking = standings(values, halving)
+        settings = [s.setting for s in ranking if s.kept]
+    return ranking
 
 
 def mark_cut_runs(
-    runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int, found: Sequence[Standing]
+    runs: Sequence[SweepRun], records: Records, halving: Halving, rung: int, ranked: Sequence[Standing]
 ) -> None:
     """Mark the paused runs of every dropped setting as cut. Runs that stopped themselves keep their state."""
-    for standing in found:
+    for standing in ranked:
         for run in runs:
             record = records.get(run.name, {})
             if not standing.kept and run.setting == standing.setting and record.get("state") == "paused":
-                cut: dict[str, Any] = {"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(found)}
+                cut: dict[str, Any] = {"rung": rung, "of": halving.rungs, "rank": standing.rank, "among": len(ranked)}
                 cut |= {"metric": halving.metric, "mean": standing.mean}
-                by_rank = f"rank {standing.rank} of {len(found)}"
-                stood = by_rank if standing.mean is not None else "another seed of it stopped itself"
-                why = f"stopped at rung {rung} of {halving.rungs}: {stood}"
+                by_rank = f"rank {standing.rank} of {len(ranked)}"
+                reason = by_rank if standing.mean is not None else "another seed of it stopped itself"
+                why = f"stopped at rung {rung} of {halving.rungs}: {reason}"
                 record |= {"state": "cut", "cut": cut, "why": why}
 
 
 def _value(records: Records, run: SweepRun, halving: Halving, rung: int) -> float | None:
     metrics = at_rung(records.get(run.name, {}), rung)
-    found = None if metrics is None else metrics.get(halving.metric)
-    return None if found is None else float(found)
+    value = None if metrics is None else metrics.get(halving.metric)
+    return None if value is None else float(value)
 
 
 # ---- The state of a sweep, `sweep.json`, and what it implies for the next call ----
@@ -121,8 +121,8 @@ class State:
 
     def save(self) -> None:
         """Write the file atomically."""
-        said = {"sweep": self.about, "table": self.table, "search": self.search, "runs": self.runs}
-        write_summed(self.path, json.dumps(said, indent=1, ensure_ascii=False))
+        content = {"sweep": self.about, "table": self.table, "search": self.search, "runs": self.runs}
+        write_summed(self.path, json.dumps(content, indent=1, ensure_ascii=False))
 
     def write_lines(self, runs: Sequence[SweepRun]) -> None:
         """Write `sweep.jsonl`: one line per finished, stopped or cut run, in the sweep's order."""
@@ -130,64 +130,64 @@ class State:
         for run in runs:
             record = self.runs.get(run.name)
             if record is not None and record["state"] in (*ENDED, "cut"):
-                known = {k: v for k, v in record.items() if k != "inputs"}
-                lines.append({"run": run.name, "setting": run.setting, "seed": run.seed, **known})
+                entry = {k: v for k, v in record.items() if k != "inputs"}
+                lines.append({"run": run.name, "setting": run.setting, "seed": run.seed, **entry})
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_summed(self.path.with_name(RESULTS), text)
 
     def record_search(self, search: SearchConfig, where: str) -> None:
         """Record the search. Raises CheckpointError if it differs from the one that drew the existing trials."""
-        now = json.loads(search.model_dump_json(by_alias=True, exclude={"trials"}))
+        current = json.loads(search.model_dump_json(by_alias=True, exclude={"trials"}))
         trials = [name for name in self.runs if name.startswith("trial-")]
-        found = differences(self.search, now) if trials and self.search is not None else []
-        if found:
-            what = f"search has changed since {len(trials)} of its trials were drawn: {'; '.join(found)}"
+        changed = differences(self.search, current) if trials and self.search is not None else []
+        if changed:
+            what = f"search has changed since {len(trials)} of its trials were drawn: {'; '.join(changed)}"
             raise CheckpointError(where, what, "undo the change, or choose another output")
-        self.search = now
+        self.search = current
 
     def record_halving(self, halving: Halving | None, runs: Sequence[str], where: str) -> None:
         """Record the halving rule. Raises CheckpointError if runs began under a different one; dropping halving is allowed."""
-        old, begun = self.about.get("halving"), [name for name in runs if name in self.runs]
-        if halving is None or not begun:
+        old, started = self.about.get("halving"), [name for name in runs if name in self.runs]
+        if halving is None or not started:
             self.about["halving"] = None if halving is None else {**halving.to_json(), "runs": list(runs), "judged": []}
             return
-        now = {**halving.to_json(), "runs": list(runs), "judged": (old or {}).get("judged", [])}
+        current = {**halving.to_json(), "runs": list(runs), "judged": (old or {}).get("judged", [])}
         changed = "there was no halving" if old is None else ""
         if old is not None:
-            before = {k: v for k, v in old.items() if k not in ("runs", "judged")}
-            changed = "; ".join(differences(before, halving.to_json()))
+            previous = {k: v for k, v in old.items() if k not in ("runs", "judged")}
+            changed = "; ".join(differences(previous, halving.to_json()))
             if not changed and old["judged"] and set(old["runs"]) != set(runs):
                 changed = "runs were added or left out after a rung was judged"
         if changed:
-            what = f"halving has changed since {len(begun)} of the runs were begun: {changed}"
+            what = f"halving has changed since {len(started)} of the runs were begun: {changed}"
             how = "undo the change, choose another output, or leave halving out to have every run trained to its end"
             raise CheckpointError(where, what, how)
-        self.about["halving"] = now
+        self.about["halving"] = current
 
 
-def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, halved: bool = False) -> Planned:
+def judge_run(run: SweepRun, record: Mapping[str, Any] | None, inputs: Inputs, has_halving: bool = False) -> Planned:
     """Decide whether a run is done, is to be trained or resumed, or has changed.
 
     Args:
-        record: the run's record in `sweep.json`, or None; inputs: its current inputs; halved: whether cut runs stay cut.
+        record: the run's record in `sweep.json`, or None; inputs: its current inputs; has_halving: whether cut runs stay cut.
     """
-    if record is not None and record["state"] == "cut" and halved and not changes(record["inputs"], inputs):
+    if record is not None and record["state"] == "cut" and has_halving and not changes(record["inputs"], inputs):
         return Planned(run.name, "done", record["why"])  # even if its folder is gone
-    made = planned_action(run, record, inputs, "sweep", ENDED)
-    if made is not None:
-        return made
+    planned = planned_action(run, record, inputs, "sweep", ENDED)
+    if planned is not None:
+        return planned
     assert record is not None
     if record["state"] == "stopped":
         return Planned(run.name, "done", f"stopped itself: {record['why']}")
     if record["state"] == "finished":
         return Planned(run.name, "done", f"{record['steps']} steps")
-    last, _ = latest_checkpoint(run.folder)
-    assert last is not None
-    return Planned(run.name, "resume", f"at a rung, {last.name.replace('-', ' ')}")
+    checkpoint, _ = latest_checkpoint(run.folder)
+    assert checkpoint is not None
+    return Planned(run.name, "resume", f"at a rung, {checkpoint.name.replace('-', ' ')}")
 
 
-def _refusal(run: SweepRun, why: str) -> CheckpointError:
-    return run.refusal(why, f"undo the change, choose another output, or move {run.folder} away to retrain it")
+def _refusal(run: SweepRun, reason: str) -> CheckpointError:
+    return run.refusal(reason, f"undo the change, choose another output, or move {run.folder} away to retrain it")
 
 
 # ---- Running a sweep: runs one after another in this process, or several at a time in worker processes or cluster jobs ----
@@ -239,7 +239,7 @@ class SweepConductor:
 
     Args:
         jobs: concurrent runs; None: one on this machine, all runs of a grid on a cluster; quiet: no progress.
-        look: returns a warning about a run, or None.
+        check_memory: returns a warning about a run, or None.
     """
 
     def __init__(
@@ -248,7 +248,7 @@ class SweepConductor:
         *,
         jobs: int | None = None,
         quiet: bool = False,
-        look: Callable[[Run], str | None] | None = None,
+        check_memory: Callable[[Run], str | None] | None = None,
     ) -> None:
         if jobs is not None and jobs < 1:
             raise ConfigError("--jobs", f"is {jobs}", "give 1 or more")
@@ -257,8 +257,8 @@ class SweepConductor:
         self.jobs = jobs or (max(1, len(sweep.runs)) if self.on_cluster else 1)
         self.quiet = quiet
         self.console = QuietConsole() if quiet else PlainConsole()
-        self.look, self._memory_checked = look, set[str]()
-        self.shared = Shared()
+        self.check_memory, self._memory_checked = check_memory, set[str]()
+        self.shared = ObjectCache()
         self.state = State.read(sweep.output)
         self.runs: list[SweepRun] = []  # known so far; a search draws them one by one
         self.report = LiveReport(sweep.output, self.console.note)
@@ -281,7 +281,7 @@ class SweepConductor:
         config = run.config
         rewards = [None if r is None else r.model_dump(mode="json") for r in (config.reward, config.evaluation.reward)]
         model = config.model
-        named = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
+        file_key = (model.path, model.tokenizer, model.adapter, config.reference.path, json.dumps(rewards))
         with run.naming():
             if config.train.gradient_checkpointing == "auto":
                 what = "auto decides for each run by itself, and runs of a sweep are compared"
@@ -289,27 +289,27 @@ class SweepConductor:
             check_models(config)
             for reward in rewards:
                 check_reward(reward)
-            one = Run(config, quiet=True, shared=self.shared)
-            splits = one.rows.datasets
-            self._note_memory_warning(one)
-            files = self.shared.once(("files", *named), lambda: file_hashes(config, *rewards))
+            training_run = Run(config, quiet=True, shared=self.shared)
+            splits = training_run.rows.datasets
+            self._note_memory_warning(training_run)
+            files = self.shared.once(("files", *file_key), lambda: file_hashes(config, *rewards))
             self._inputs[run.name] = run_inputs(config, splits, files)
         return self._inputs[run.name]
 
     def _note_memory_warning(self, run: Run) -> None:
         """Note it if a run may not fit. Runs with the same memory-related settings are checked once."""
         config, t = run.config, run.config.train
-        of_train = (t.tokens_per_step, t.batch_size, t.optimizer, t.gradient_checkpointing, t.packing)
-        key = (config.model, config.lora, config.data.max_length, config.reference, config.method.name, *of_train)
-        if self.look is None or str(key) in self._memory_checked:
+        train_key = (t.tokens_per_step, t.batch_size, t.optimizer, t.gradient_checkpointing, t.packing)
+        key = (config.model, config.lora, config.data.max_length, config.reference, config.method.name, *train_key)
+        if self.check_memory is None or str(key) in self._memory_checked:
             return
         self._memory_checked.add(str(key))
         try:
-            said = self.look(run)
+            warning = self.check_memory(run)
         except Exception:  # a failed estimate must not stop the sweep
-            said = None
-        if said:
-            self.console.note(said)
+            warning = None
+        if warning:
+            self.console.note(warning)
 
     def known_runs(self) -> list[SweepRun]:
         """The runs of a grid, or the already drawn trials of a search."""
@@ -349,11 +349,11 @@ class SweepConductor:
             return job
         return job if self._cluster(job["on"]).ended(job["id"]) is None else None
 
-    def _cluster(self, on: str) -> Cluster:
-        if on not in self._clusters:
+    def _cluster(self, backend: str) -> Cluster:
+        if backend not in self._clusters:
             config = self.sweep.cluster
-            self._clusters[on] = open_cluster(config.model_copy(update={"on": on}), self.sweep.output)
-        return self._clusters[on]
+            self._clusters[backend] = open_cluster(config.model_copy(update={"on": backend}), self.sweep.output)
+        return self._clusters[backend]
 
     def _wait_if_submitted(self, run: SweepRun, planned: Planned) -> Planned:
         """Change the action to ``wait`` if a cluster job already has the run.
@@ -465,15 +465,17 @@ class SweepConductor:
 
     def _judge_rung(self, halving: Halving) -> None:
         """Stop the settings that are not among the best at this rung, and report the rest."""
-        found = standings_at(self.runs, self.state.runs, halving, self.rung)
-        mark_cut_runs(self.runs, self.state.runs, halving, self.rung, found)
+        ranking = standings_at(self.runs, self.state.runs, halving, self.rung)
+        mark_cut_runs(self.runs, self.state.runs, halving, self.rung, ranking)
         judged = self.state.about["halving"]["judged"]
-        judged[self.rung - 1 :] = [[s.to_json() for s in found]]
+        judged[self.rung - 1 :] = [[s.to_json() for s in ranking]]
         self.state.save()
-        names = ", ".join(s.setting for s in found if s.kept)
-        kept = sum(s.kept for s in found)
-        goes = "goes" if kept == 1 else "go"
-        self.console.note(f"rung {self.rung} of {halving.rungs}: {kept} of {len(found)} settings {goes} on: {names}")
+        names = ", ".join(s.setting for s in ranking if s.kept)
+        kept_count = sum(s.kept for s in ranking)
+        verb = "goes" if kept_count == 1 else "go"
+        self.console.note(
+            f"rung {self.rung} of {halving.rungs}: {kept_count} of {len(ranking)} settings {verb} on: {names}"
+        )
 
     def _pause_at(self, run: SweepRun) -> int | None:
         """Step at which a run pauses next, or None if it runs to its end."""
@@ -495,11 +497,11 @@ class SweepConductor:
         return table
 
     def _note_foreign_runs(self) -> None:
-        ours = {r.name for r in self.sweep.runs} | {f"trial-{i}" for i in range(self.total)}
-        others = [name for name in self.state.runs if name not in ours]
-        if others:
+        own_names = {r.name for r in self.sweep.runs} | {f"trial-{i}" for i in range(self.total)}
+        foreign = [name for name in self.state.runs if name not in own_names]
+        if foreign:
             self.console.note(
-                f"not touched, and not in the table: {', '.join(others)} (from earlier sweeps in this folder)"
+                f"not touched, and not in the table: {', '.join(foreign)} (from earlier sweeps in this folder)"
             )
 
     def _pending_runs(self) -> Iterator[SweepRun]:
@@ -523,44 +525,44 @@ class SweepConductor:
     def _draw_trial(self, number: int) -> SweepRun:
         search, trial = self.sweep.search, self.sweep.trial
         assert search is not None and trial is not None
-        known = self.state.runs.get(f"trial-{number}")
-        if known is None:
-            ended = [r for r in self.runs if self.state.runs[r.name]["state"] in ENDED]
-            earlier = [(r.varied, self._value(r)) for r in ended]
+        record = self.state.runs.get(f"trial-{number}")
+        if record is None:
+            ended_runs = [r for r in self.runs if self.state.runs[r.name]["state"] in ENDED]
+            earlier = [(r.varied, self._value(r)) for r in ended_runs]
             run = trial(number, draw(search, number, earlier, self.sweep.higher))
         else:
-            run = trial(number, known["varied"])
+            run = trial(number, record["varied"])
         self.runs.append(run)
         return run
 
     def _value(self, run: SweepRun) -> float | None:
-        found = self.state.runs[run.name].get("metrics", {}).get(self.sweep.metric)
-        return None if found is None else float(found)
+        value = self.state.runs[run.name].get("metrics", {}).get(self.sweep.metric)
+        return None if value is None else float(value)
 
-    def _train_sequentially(self, todo: Iterator[SweepRun]) -> None:
-        for run in todo:
+    def _train_sequentially(self, runs: Iterator[SweepRun]) -> None:
+        for run in runs:
             self._begin(run)
             started = time.monotonic()
-            lines = None if self.quiet else _RunConsole(self._run_label(run), self.report.on_event)
+            console = None if self.quiet else _RunConsole(self._run_label(run), self.report.on_event)
             try:
-                made = train_one(run.config, self.shared, lines, self._pause_at(run))
+                outcome = train_one(run.config, self.shared, console, self._pause_at(run))
             except BaseException as error:
-                made = {"state": "interrupted", "seconds": time.monotonic() - started}
-                self._end(run, made)
+                outcome = {"state": "interrupted", "seconds": time.monotonic() - started}
+                self._end(run, outcome)
                 if isinstance(error, PenchantError) and not isinstance(error, Interrupted):
                     raise run.named(error) from error
                 raise
             gc.collect()  # free memory for the next run
-            self._end(run, {**made, "seconds": time.monotonic() - started})
+            self._end(run, {**outcome, "seconds": time.monotonic() - started})
 
     def _begin(self, run: SweepRun) -> None:
         """Record that a run has begun, so that after a SIGKILL it does not count as finished."""
-        before = self.state.runs.get(run.name, {})
-        resumed = before.get("state") in ("running", "interrupted", "paused", "cut")
-        seconds = before.get("seconds", 0.0) if resumed else 0.0
+        previous = self.state.runs.get(run.name, {})
+        resumed = previous.get("state") in ("running", "interrupted", "paused", "cut")
+        seconds = previous.get("seconds", 0.0) if resumed else 0.0
         record = {"state": "running", "varied": dict(run.varied), "inputs": self.inputs(run), "seconds": seconds}
         if self.rung:
-            record["rungs"] = before.get("rungs", {})
+            record["rungs"] = previous.get("rungs", {})
         self.state.runs[run.name] = record
         self.state.save()
         self.report.on_event("step")
@@ -569,29 +571,29 @@ class SweepConductor:
         self.state.runs[run.name]["job"] = dict(job)
         self.state.save()
 
-    def _end(self, run: SweepRun, made: Finished) -> None:
+    def _end(self, run: SweepRun, outcome: Finished) -> None:
         """Record a run's outcome, and print a line about it."""
         record = self.state.runs[run.name]
         record.pop("job", None)
-        seconds = round(record["seconds"] + made["seconds"], 2)
-        self._durations.append(made["seconds"])
-        if made["state"] == "paused":  # metrics at a rung are kept there, not as the run's result
-            rungs = {**record["rungs"], str(self.rung): {"step": made["steps"], "metrics": made["metrics"]}}
-            made = {"state": "paused", "steps": made["steps"], "rungs": rungs}
-        self.state.runs[run.name] = {**record, **made, "seconds": seconds}
+        seconds = round(record["seconds"] + outcome["seconds"], 2)
+        self._durations.append(outcome["seconds"])
+        if outcome["state"] == "paused":  # metrics at a rung are kept there, not as the run's result
+            rungs = {**record["rungs"], str(self.rung): {"step": outcome["steps"], "metrics": outcome["metrics"]}}
+            outcome = {"state": "paused", "steps": outcome["steps"], "rungs": rungs}
+        self.state.runs[run.name] = {**record, **outcome, "seconds": seconds}
         self._write()
         self.report.on_event("eval")
-        if made["state"] not in (*ENDED, "paused"):
+        if outcome["state"] not in (*ENDED, "paused"):
             return
         remaining = self.total - len(self.runs) + sum(not self._is_settled(r) for r in self.runs)
-        left = duration(sum(self._durations) / len(self._durations) * remaining / self.jobs)
-        said = f"stopped itself: {made['why']}" if made["state"] == "stopped" else f"{made['steps']} steps"
+        time_left = duration(sum(self._durations) / len(self._durations) * remaining / self.jobs)
+        summary = f"stopped itself: {outcome['why']}" if outcome["state"] == "stopped" else f"{outcome['steps']} steps"
         metric, value = self._ranking_value(run)
         if value is not None:
-            said = f"{metric} {value:.4f}, {said}"
+            summary = f"{metric} {value:.4f}, {summary}"
         rung = f" in rung {self.rung}" if self.rung else ""
-        end = f"; left{rung} {left}" if remaining else ""
-        self.console.note(f"{self._run_label(run)}: {said}, {duration(seconds)}{end}")
+        suffix = f"; left{rung} {time_left}" if remaining else ""
+        self.console.note(f"{self._run_label(run)}: {summary}, {duration(seconds)}{suffix}")
         self._check_metric(run)
 
     def _ranking_value(self, run: SweepRun) -> tuple[str, float | None]:
@@ -603,18 +605,18 @@ class SweepConductor:
 
     def _check_metric(self, run: SweepRun) -> None:
         metrics = self.state.runs[run.name].get("metrics") or at_rung(self.state.runs[run.name], self.rung)
-        wanted = [(self.sweep.metric, self.sweep.metric_place)]
+        required = [(self.sweep.metric, self.sweep.metric_place)]
         if self.sweep.halving is not None:
-            wanted.append((self.sweep.halving.metric, self.sweep.halving.place))
-        for metric, place in wanted:
+            required.append((self.sweep.halving.metric, self.sweep.halving.place))
+        for metric, place in required:
             if metrics is not None and metric not in metrics:
-                there = sorted(m for m in metrics if m.startswith("eval/") and not m.endswith("/ci"))
-                how = did_you_mean(metric, there) + " (what is trained is kept; fix it and run the command again)"
+                available = sorted(m for m in metrics if m.startswith("eval/") and not m.endswith("/ci"))
+                how = did_you_mean(metric, available) + " (what is trained is kept; fix it and run the command again)"
                 raise ConfigError(place, f"metric is {metric}, which run {run.name} does not have", how)
 
     def _run_label(self, run: SweepRun) -> str:
-        at = next(i for i, r in enumerate(self.runs, 1) if r.name == run.name)
+        position = next(i for i, r in enumerate(self.runs, 1) if r.name == run.name)
         varied = ""
         if self.sweep.search is not None:
             varied = " (" + ", ".join(f"{k}={v}" for k, v in run.varied.items()) + ")"
-        return f"[{at}/{self.total}] {run.name}{varied}"
+        return f"[{position}/{self.total}] {run.name}{varied}"

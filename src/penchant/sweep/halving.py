@@ -16,12 +16,8 @@ from penchant.config.several import read_section
 from penchant.errors import ConfigError
 from penchant.metrics.names import higher_is_better
 
-LOSS_UNIT_METRICS = (
-    "eval/loss",
-    "eval/rewards/margins",
-    "eval/rewards/chosen",
-    "eval/rewards/rejected",
-)  # in units of the loss
+# in units of the loss
+LOSS_UNIT_METRICS = ("eval/loss", "eval/rewards/margins", "eval/rewards/chosen", "eval/rewards/rejected")
 
 
 class HalvingConfig(Section):
@@ -95,13 +91,13 @@ def standings(values: Mapping[str, Sequence[float | None]], halving: Halving) ->
     """
     means = {s: mean(v) if v and None not in v else None for s, v in values.items()}  # type: ignore[type-var]
     sign = -1.0 if halving.higher else 1.0
-    found = sorted(sign * m for m in means.values() if m is not None)
-    last = found[min(len(found), halving.survivors(len(values))) - 1] if found else None
-    made = []
+    signed_means = sorted(sign * m for m in means.values() if m is not None)
+    cutoff = signed_means[min(len(signed_means), halving.survivors(len(values))) - 1] if signed_means else None
+    ranked = []
     for setting, m in means.items():
-        rank = len(found) + 1 if m is None else 1 + sum(other < sign * m for other in found)
-        made.append(Standing(setting, m, rank, m is not None and last is not None and sign * m <= last))
-    return sorted(made, key=lambda s: s.rank)
+        rank = len(signed_means) + 1 if m is None else 1 + sum(other < sign * m for other in signed_means)
+        ranked.append(Standing(setting, m, rank, m is not None and cutoff is not None and sign * m <= cutoff))
+    return sorted(ranked, key=lambda s: s.rank)
 
 
 def read_halving(
@@ -124,21 +120,21 @@ def read_halving(
         return None
     place = place_of(("halving",), places, source)
     config = read_section(HalvingConfig, "halving", values, places, source, "write halving: {rungs: 3, factor: 3}")
-    chosen = config.metric or metric
+    halving_metric = config.metric or metric
     place = place_of(("halving", "metric"), places, place) if config.metric else place
-    check_metric(chosen, "halving.metric", place)
+    check_metric(halving_metric, "halving.metric", place)
     if len(settings) < 2:
         raise ConfigError(place, "there is one setting only, so nothing can be halved", "leave halving out")
     losses = {json.dumps(c.loss.to_mapping(), sort_keys=True) for c in settings.values()}
-    if chosen in LOSS_UNIT_METRICS and len(losses) > 1:
-        what = f"settings would be halved by {chosen}, but the loss varies, so it is not on one scale"
+    if halving_metric in LOSS_UNIT_METRICS and len(losses) > 1:
+        what = f"settings would be halved by {halving_metric}, but the loss varies, so it is not on one scale"
         how = "set halving.metric to a figure that means the same for all, e.g. eval/rewards/accuracies"
         raise ConfigError(place, what, how)
-    better = higher if chosen == metric else higher_is_better(chosen)
-    return Halving(config.rungs, config.factor, chosen, better, place)
+    higher_wins = higher if halving_metric == metric else higher_is_better(halving_metric)
+    return Halving(config.rungs, config.factor, halving_metric, higher_wins, place)
 
 
-def check_metric(given: Any, key: str, place: str) -> None:
-    """Raise ConfigError unless `given` is a held-out metric."""
-    if not isinstance(given, str) or not given.startswith("eval/") or given.endswith("/ci"):
-        raise ConfigError(place, f"{key} is {given!r}", "give a held-out figure, e.g. eval/rewards/accuracies")
+def check_metric(metric: Any, key: str, place: str) -> None:
+    """Raise ConfigError unless `metric` is a held-out metric."""
+    if not isinstance(metric, str) or not metric.startswith("eval/") or metric.endswith("/ci"):
+        raise ConfigError(place, f"{key} is {metric!r}", "give a held-out figure, e.g. eval/rewards/accuracies")

@@ -49,19 +49,19 @@ class SearchConfig(Section):
     def _something_to_search(self) -> SearchConfig:
         if not self.space:
             raise ValueError("space is empty; add keys, e.g. space: {loss.beta: {from: 0.01, to: 1.0, log: true}}")
-        short = [key for key, values in self.space.items() if isinstance(values, list) and len(values) < 2]
-        if short:
-            raise ValueError(f"space.{short[0]} has no two choices; give a list of at least two, or {{from, to}}")
+        too_short = [key for key, values in self.space.items() if isinstance(values, list) and len(values) < 2]
+        if too_short:
+            raise ValueError(f"space.{too_short[0]} has no two choices; give a list of at least two, or {{from, to}}")
         return self
 
 
 def draw(
-    search: SearchConfig, number: int, earlier: Sequence[tuple[Mapping[str, Any], float | None]], higher: bool
+    search: SearchConfig, number: int, earlier_trials: Sequence[tuple[Mapping[str, Any], float | None]], higher: bool
 ) -> dict[str, Any]:
     """Draw the values of trial `number`. The result depends only on the arguments, so it can be reproduced.
 
     Args:
-        earlier: (values, result) of earlier trials, in order; the result is None for a trial that stopped itself.
+        earlier_trials: (values, result) of earlier trials, in order; the result is None for a trial that stopped itself.
         higher: whether higher results are better.
 
     Raises:
@@ -76,25 +76,27 @@ def draw(
         how = "pip install 'penchant[search]', or set search.sampler=random"
         raise ConfigError("search.sampler", "tpe needs Optuna", how) from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    dists = {key: _distribution(values) for key, values in search.space.items()}
+    distributions = {key: _distribution(values) for key, values in search.space.items()}
     # one seed per trial, so that draws do not depend on how often the search was interrupted
     sampler = optuna.samplers.TPESampler(seed=(search.seed * 1_000_003 + number) % 2**32)
     study = optuna.create_study(direction="maximize" if higher else "minimize", sampler=sampler)
-    values = [v for _, v in earlier if v is not None]
+    values = [v for _, v in earlier_trials if v is not None]
     worst = (min(values) if higher else max(values)) if values else 0.0
     for (
         params,
         value,
-    ) in earlier:  # a trial that stopped itself counts as the worst, so that its neighborhood is avoided
+    ) in earlier_trials:  # a trial that stopped itself counts as the worst, so that its neighborhood is avoided
         # choices are passed by index, because Optuna accepts no mappings as choices
-        places = {k: s.index(v) for k, v in params.items() if isinstance(s := search.space[k], list)}
-        given = {**params, **{k: str(place) for k, place in places.items()}}
+        indices = {k: s.index(v) for k, v in params.items() if isinstance(s := search.space[k], list)}
+        trial_params = {**params, **{k: str(index) for k, index in indices.items()}}
         study.add_trial(
-            optuna.trial.create_trial(params=given, distributions=dists, value=worst if value is None else value)
+            optuna.trial.create_trial(
+                params=trial_params, distributions=distributions, value=worst if value is None else value
+            )
         )
-    asked = study.ask(dists).params
+    suggested = study.ask(distributions).params
     return {
-        k: values[int(asked[k])] if isinstance(values, list) else _rounded(values, asked[k])
+        k: values[int(suggested[k])] if isinstance(values, list) else _rounded(values, suggested[k])
         for k, values in search.space.items()
     }
 
@@ -105,13 +107,13 @@ def _at_random(rng: random.Random, values: Range | list[Any]) -> Any:
     if values.whole and not values.log:
         return rng.randint(int(values.low), int(values.high))
     low, high = (math.log(values.low), math.log(values.high)) if values.log else (values.low, values.high)
-    drawn = rng.uniform(low, high)
-    return _rounded(values, math.exp(drawn) if values.log else drawn)
+    sample = rng.uniform(low, high)
+    return _rounded(values, math.exp(sample) if values.log else sample)
 
 
 def _rounded(values: Range, number: float) -> int | float:
-    made = round(number) if values.whole else float(f"{number:.{DIGITS}g}")
-    return min(max(made, values.low), values.high)
+    rounded = round(number) if values.whole else float(f"{number:.{DIGITS}g}")
+    return min(max(rounded, values.low), values.high)
 
 
 def _distribution(values: Range | list[Any]) -> Any:

@@ -71,12 +71,12 @@ class Table:
     @property
     def best(self) -> tuple[Row, ...]:
         """The setting with the best mean, or all that tie for it. Only whole settings qualify."""
-        whole = [r for r in self.rows if r.whole]
-        if not whole:
+        complete = [r for r in self.rows if r.whole]
+        if not complete:
             return ()
-        means = [r.mean or 0.0 for r in whole]
-        top = max(means) if self.higher else min(means)
-        return tuple(r for r in whole if r.mean == top)
+        means = [r.mean or 0.0 for r in complete]
+        best_mean = max(means) if self.higher else min(means)
+        return tuple(r for r in complete if r.mean == best_mean)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -92,36 +92,36 @@ class Table:
         """Format the table for the terminal."""
         body = [(r.setting, _format_value(r.mean), _spread(r), _runs(r)) for r in self.rows]
         table = columns([("setting", "mean", "spread", "runs"), *body])
-        ends = dict.fromkeys(self.held_out[i] for i in (0, -1)) if self.held_out else ()
-        rows = f"{' to '.join(f'{n:,}' for n in ends) or 'no'} held-out {'row' if [*ends] == [1] else 'rows'}"
+        extremes = dict.fromkeys(self.held_out[i] for i in (0, -1)) if self.held_out else ()
+        rows = f"{' to '.join(f'{n:,}' for n in extremes) or 'no'} held-out {'row' if [*extremes] == [1] else 'rows'}"
         title = f"{self.metric} ({'higher' if self.higher else 'lower'} is better) at the end of each run, {rows}"
         return "\n".join([title, "", table, "", *self._conclusions()])
 
     def _conclusions(self) -> list[str]:
-        found = []
-        cut = [r.cut for r in self.rows if r.cut is not None]
+        lines = []
+        cuts = [r.cut for r in self.rows if r.cut is not None]
         if self.best:
             names, n = " and ".join(r.setting for r in self.best), len(self.rows)
-            found.append(
+            lines.append(
                 f"best by validation: {names} ({_format_value(self.best[0].mean)}); {n} setting{'s were' if n > 1 else ' was'} tried"
-                + (f", {len(cut)} of them only in part" if cut else "")
+                + (f", {len(cuts)} of them only in part" if cuts else "")
             )
             if n > 1:
-                found.append(SELECTION_CAVEAT)
+                lines.append(SELECTION_CAVEAT)
         else:
-            found.append("no setting has finished with all its seeds, so none is called best")
+            lines.append("no setting has finished with all its seeds, so none is called best")
         if any(not r.whole and r.values for r in self.rows):
-            found.append("A setting with a run that stopped or has yet to finish is not called best.")
-        if cut:
-            were, have = ("setting was", "it has") if len(cut) == 1 else ("settings were", "they have")
-            found.append(
-                f"{len(cut)} {were} stopped early by successive halving: {have} no result, only a rank by {cut[0]['metric']} at a "
+            lines.append("A setting with a run that stopped or has yet to finish is not called best.")
+        if cuts:
+            were, have = ("setting was", "it has") if len(cuts) == 1 else ("settings were", "they have")
+            lines.append(
+                f"{len(cuts)} {were} stopped early by successive halving: {have} no result, only a rank by {cuts[0]['metric']} at a "
                 "rung, and what is cut early might have won later."
             )
         varied = {key for r in self.rows for key in r.varied}
         if self.metric in LOSS_UNIT_METRICS and any(k == "run" or k.split(".")[0] == "loss" for k in varied):
-            found.append(f"The loss varies, and {self.metric} is in its own units: these figures are not on one scale.")
-        return found
+            lines.append(f"The loss varies, and {self.metric} is in its own units: these figures are not on one scale.")
+        return lines
 
 
 def make_table(runs: Sequence[SweepRun], records: Mapping[str, Record], metric: str, higher: bool) -> Table:
@@ -133,8 +133,8 @@ def make_table(runs: Sequence[SweepRun], records: Mapping[str, Record], metric: 
     sign = -1.0 if higher else 1.0
     # whole settings first, best first, ties in file order; then those that were cut, last rung first; then the rest
     rows.sort(key=lambda r: (not r.whole, _cut_rank(r), sign * (r.mean if r.mean is not None else math.inf * sign)))
-    held = [m["eval/rows"] for r in runs if (m := records.get(r.name, {}).get("metrics")) and "eval/rows" in m]
-    return Table(metric, higher, tuple(rows), tuple(sorted(set(held))))
+    held_out = [m["eval/rows"] for r in runs if (m := records.get(r.name, {}).get("metrics")) and "eval/rows" in m]
+    return Table(metric, higher, tuple(rows), tuple(sorted(set(held_out))))
 
 
 def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], metric: str) -> Row:
@@ -156,8 +156,8 @@ def _row(setting: str, runs: Sequence[SweepRun], records: Mapping[str, Record], 
             values.append(float(value))
             interval = ci_of(record["metrics"], metric)
     varied = {k: v for k, v in runs[0].varied.items() if k != SEED}
-    pair = interval if len(runs) == 1 else None
-    return Row(setting, varied, tuple(r.seed for r in runs), tuple(values), pair, stopped, unfinished, cut)
+    single_interval = interval if len(runs) == 1 else None
+    return Row(setting, varied, tuple(r.seed for r in runs), tuple(values), single_interval, stopped, unfinished, cut)
 
 
 def _cut_rank(row: Row) -> tuple[int, int]:

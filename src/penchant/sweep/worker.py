@@ -16,12 +16,12 @@ from typing import Any
 from penchant import errors
 from penchant.base.files import write_atomically, write_text_atomically
 from penchant.errors import PenchantError, TrainingStopped
-from penchant.runs.sharing import Alone, Shared
+from penchant.runs.sharing import ObjectCache, Uncached
 
 PARENT_CHECK_SECONDS = 2.0  # seconds between checks that the sweep is still running
 
 
-def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | None = None) -> dict[str, Any]:
+def train_one(config: Any, shared: Uncached, console: Any = None, pause_at: int | None = None) -> dict[str, Any]:
     """Train one run until it finishes, pauses or stops itself.
 
     Args:
@@ -50,7 +50,7 @@ def train_one(config: Any, shared: Alone, console: Any = None, pause_at: int | N
     return {"state": "finished", "steps": result.steps, "metrics": metrics}
 
 
-def train_order(line: str, shared: Alone) -> dict[str, Any]:
+def train_order(line: str, shared: Uncached) -> dict[str, Any]:
     """Train the run described by a JSON line (its config, and where to pause), and return its outcome or error as JSON values."""
     from penchant.config import config_from_mapping
     from penchant.training.loop import Interrupted
@@ -58,31 +58,31 @@ def train_order(line: str, shared: Alone) -> dict[str, Any]:
     started = time.monotonic()
     try:
         spec = json.loads(line)
-        made = train_one(config_from_mapping(spec["config"]), shared, pause_at=spec["pause_at"])
+        outcome = train_one(config_from_mapping(spec["config"]), shared, pause_at=spec["pause_at"])
     except Interrupted as error:
-        made = {"state": "interrupted", "why": error.what}
+        outcome = {"state": "interrupted", "why": error.what}
     except PenchantError as error:
-        made = {"error": type(error).__name__, "where": error.where, "what": error.what, "how": error.how}
-    return {**made, "seconds": time.monotonic() - started}
+        outcome = {"error": type(error).__name__, "where": error.where, "what": error.what, "how": error.how}
+    return {**outcome, "seconds": time.monotonic() - started}
 
 
-def error_of(made: Mapping[str, Any]) -> PenchantError:
+def error_of(outcome: Mapping[str, Any]) -> PenchantError:
     """Rebuild the error that a worker reported."""
-    kind = getattr(errors, made["error"], PenchantError)
-    return kind(made["where"], made["what"], made["how"])
+    kind = getattr(errors, outcome["error"], PenchantError)
+    return kind(outcome["where"], outcome["what"], outcome["how"])
 
 
 def serve(cores: list[int]) -> None:
     """Train the runs read from stdin until it closes. Only their outcomes go to stdout."""
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # before torch counts the cores
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    output = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # send libraries' prints to stderr
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
-    shared = Shared()
+    shared = ObjectCache()
     for line in sys.stdin:
-        answers.write(json.dumps(train_order(line, shared)) + "\n")
-        answers.flush()
+        output.write(json.dumps(train_order(line, shared)) + "\n")
+        output.flush()
 
 
 def result_path(order: Path) -> Path:
@@ -97,8 +97,8 @@ def order_files(order: Path) -> list[Path]:
 
 def job_of_order(order: Path) -> str | None:
     """Id of the job that has taken an order, or None."""
-    _, job, taken, _ = order_files(order)
-    return job.read_text() if taken.exists() else None
+    _, job_file, taken_file, _ = order_files(order)
+    return job_file.read_text() if taken_file.exists() else None
 
 
 def carry_out(order: str, job: str | None = None) -> None:
@@ -110,17 +110,17 @@ def carry_out(order: str, job: str | None = None) -> None:
     Args:
         job: the job's id (None: the order's name). A requeued job keeps its id.
     """
-    path, said, taken, result = order_files(Path(order))
+    path, job_file, taken_file, result = order_files(Path(order))
     with suppress(FileNotFoundError):  # already taken by this job, or taken back
-        write_text_atomically(said, job or path.stem)
-        os.rename(path, taken)
-    if not taken.exists():
-        said.unlink(missing_ok=True)
+        write_text_atomically(job_file, job or path.stem)
+        os.rename(path, taken_file)
+    if not taken_file.exists():
+        job_file.unlink(missing_ok=True)
         return
     if threading.current_thread() is threading.main_thread():
         # Slurm sends SIGUSR2 shortly before the time limit: checkpoint and end
         signal.signal(signal.SIGUSR2, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    write_atomically(result, train_order(taken.read_text(encoding="utf-8"), Alone()))
+    write_atomically(result, train_order(taken_file.read_text(encoding="utf-8"), Uncached()))
 
 
 def _exit_with_parent(parent: int) -> None:

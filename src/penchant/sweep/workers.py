@@ -96,62 +96,62 @@ class Workers:
         self.problems: list[BaseException] = []
 
     def run(
-        self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[[SweepRun, Finished], None]
+        self, runs: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[[SweepRun, Finished], None]
     ) -> None:
-        """Train every run of `todo`. `todo`, `begin`, `end` and `pause_at` are called by one thread at a time.
+        """Train each of `runs`. `runs`, `begin`, `end` and `pause_at` are called by one thread at a time.
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived; each run left a checkpoint.
             BaseException: the first error raised by a run, `begin` or `end`.
         """
-        threads = [threading.Thread(target=self._serve, args=(w, todo, begin, end)) for w in self.workers]
-        caught = 0
+        threads = [threading.Thread(target=self._serve, args=(w, runs, begin, end)) for w in self.workers]
+        signal_count = 0
         try:
-            with _collect_signals() as seen:
+            with _collect_signals() as signals:
                 for t in threads:
                     t.start()
                 while any(t.is_alive() for t in threads):
                     for t in threads:
                         t.join(0.1)
-                    if len(seen) > caught:  # forward a second signal too: it stops a run in the middle of a step
-                        caught = len(seen)
+                    if len(signals) > signal_count:  # forward a second signal too: it stops a run within a step
+                        signal_count = len(signals)
                         self._stop()
         finally:
             for t in threads:
                 if t.ident is not None:
                     t.join()
-        if caught:
-            name = signal.Signals(seen[0]).name
+        if signal_count:
+            name = signal.Signals(signals[0]).name
             raise Interrupted(
                 str(self.folder), f"stopped by {name}; runs left checkpoints", "run the same command to continue"
             )
         if self.problems:
             raise self.problems[0]
 
-    def _serve(self, worker: Worker, todo: Iterator[SweepRun], begin: Any, end: Any) -> None:
+    def _serve(self, worker: Worker, runs: Iterator[SweepRun], begin: Any, end: Any) -> None:
         try:
             while True:
                 with self.lock:
-                    run = None if self.stopping.is_set() else next(todo, None)
+                    run = None if self.stopping.is_set() else next(runs, None)
                     if run is None:
                         return
                     begin(run)
                     pause_at = self.pause_at(run)
-                made = worker.train(run, pause_at)
+                outcome = worker.train(run, pause_at)
                 with self.lock:
-                    self._finish_run(worker, run, made, end)
+                    self._finish_run(worker, run, outcome, end)
         except BaseException as error:
             self.problems.append(error)
             self._stop(worker)
 
-    def _finish_run(self, worker: Worker, run: SweepRun, made: Finished | None, end: Any) -> None:
-        if made is None or "error" in made:
-            end(run, {"state": "interrupted", "seconds": 0.0 if made is None else made["seconds"]})
+    def _finish_run(self, worker: Worker, run: SweepRun, outcome: Finished | None, end: Any) -> None:
+        if outcome is None or "error" in outcome:
+            end(run, {"state": "interrupted", "seconds": 0.0 if outcome is None else outcome["seconds"]})
         else:
-            end(run, made)
-        if made is not None and "error" in made:
-            raise run.named(error_of(made))
-        if made is None and not self.stopping.is_set():
+            end(run, outcome)
+        if outcome is not None and "error" in outcome:
+            raise run.named(error_of(outcome))
+        if outcome is None and not self.stopping.is_set():
             code = worker.process.wait()
             what = f"its process died ({f'signal {-code}' if code < 0 else f'exit code {code}'})"
             raise CheckpointError(f"run {run.name}", what, "the same command continues; fewer --jobs take less memory")
@@ -206,8 +206,8 @@ class Jobs:
         self.cluster, self.at_once, self.folder = cluster, at_once, folder
         self.pause_at, self.find_job, self.record_job, self.note = pause_at, find_job, record_job, note
 
-    def run(self, todo: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[..., None]) -> None:
-        """Train every run of `todo`. After a failure no further runs are submitted, but those already submitted finish.
+    def run(self, runs: Iterator[SweepRun], begin: Callable[[SweepRun], None], end: Callable[..., None]) -> None:
+        """Train each of `runs`. After a failure no further runs are submitted, but those already submitted finish.
 
         Raises:
             Interrupted: SIGINT or SIGTERM arrived; the jobs keep running.
@@ -215,9 +215,9 @@ class Jobs:
         """
         waiting: dict[str, _SubmittedJob] = {}
         failed: dict[str, PenchantError] = {}
-        with _collect_signals() as seen:
-            while not seen:
-                while not failed and len(waiting) < self.at_once and (run := next(todo, None)) is not None:
+        with _collect_signals() as signals:
+            while not signals:
+                while not failed and len(waiting) < self.at_once and (run := next(runs, None)) is not None:
                     job = self.find_job(run)
                     if job is not None:
                         self.note(f"{run.name}: waiting for {self.cluster.title} {job['id']}")
@@ -225,28 +225,28 @@ class Jobs:
                 if not waiting:
                     break
                 for name, submitted in list(waiting.items()):
-                    made = self._outcome(submitted)
-                    if made is None:
+                    outcome = self._outcome(submitted)
+                    if outcome is None:
                         continue
                     del waiting[name]
-                    error = self._failure(submitted, made)
+                    error = self._failure(submitted, outcome)
                     if error is not None:
                         failed[name] = error
                         self.note(f"{name} failed: {error}")
-                        made = {"state": "interrupted", "seconds": made["seconds"]}
-                    end(submitted.run, made)
+                        outcome = {"state": "interrupted", "seconds": outcome["seconds"]}
+                    end(submitted.run, outcome)
                     for file in order_files(Path(submitted.job["order"])):
                         file.unlink(missing_ok=True)
-                    if error is None and made["state"] == "interrupted":
+                    if error is None and outcome["state"] == "interrupted":
                         waiting[name] = self._send(submitted.run, begin)
                 if waiting:
                     time.sleep(POLL_SECONDS)
-        if seen and (waiting or not failed):
-            raise self._interrupted(signal.Signals(seen[0]).name, waiting)
-        for first in failed.values():
-            others = [name for name in failed if failed[name] is not first]
-            too = f" ({', '.join(others)} failed too)" if others else ""
-            raise type(first)(first.where, first.what + too, first.how)
+        if signals and (waiting or not failed):
+            raise self._interrupted(signal.Signals(signals[0]).name, waiting)
+        for first_error in failed.values():
+            others = [name for name in failed if failed[name] is not first_error]
+            suffix = f" ({', '.join(others)} failed too)" if others else ""
+            raise type(first_error)(first_error.where, first_error.what + suffix, first_error.how)
 
     def _send(self, run: SweepRun, begin: Callable[[SweepRun], None]) -> _SubmittedJob:
         begin(run)
@@ -269,33 +269,33 @@ class Jobs:
 
     def _outcome(self, submitted: _SubmittedJob) -> Finished | None:
         """Outcome of a job, or None while it is pending or running."""
-        made: Finished = {"state": "interrupted", "seconds": 0.0}
+        outcome: Finished = {"state": "interrupted", "seconds": 0.0}
         with suppress(FileNotFoundError):
-            made = json.loads(result_path(Path(submitted.job["order"])).read_text(encoding="utf-8"))
-            if made.get("state") == "paused" and submitted.job["pause_at"] != self.pause_at(submitted.run):
-                return {"state": "interrupted", "seconds": made["seconds"]}  # the halving rule was changed or removed
-            if made.get("state") != "interrupted":
-                return made
-        how = self.cluster.ended(submitted.job["id"], "why" in made)
-        if how is None:
+            outcome = json.loads(result_path(Path(submitted.job["order"])).read_text(encoding="utf-8"))
+            if outcome.get("state") == "paused" and submitted.job["pause_at"] != self.pause_at(submitted.run):
+                return {"state": "interrupted", "seconds": outcome["seconds"]}  # the halving rule has changed
+            if outcome.get("state") != "interrupted":
+                return outcome
+        end_state = self.cluster.ended(submitted.job["id"], "why" in outcome)
+        if end_state is None:
             submitted.ended = None  # reset it, since the cluster may have requeued the job
             return None
         if submitted.ended is None:
             submitted.ended = time.monotonic()
-        return {**made, "how": how} if time.monotonic() - submitted.ended >= LAG_SECONDS else None
+        return {**outcome, "how": end_state} if time.monotonic() - submitted.ended >= LAG_SECONDS else None
 
-    def _failure(self, submitted: _SubmittedJob, made: Finished) -> PenchantError | None:
+    def _failure(self, submitted: _SubmittedJob, outcome: Finished) -> PenchantError | None:
         """The error that keeps a run from being resubmitted: its own, a canceled job, or a job that made no progress."""
-        if "error" in made:
-            return submitted.run.named(error_of(made))
-        if made["state"] != "interrupted" or "how" not in made:
+        if "error" in outcome:
+            return submitted.run.named(error_of(outcome))
+        if outcome["state"] != "interrupted" or "how" not in outcome:
             return None
-        how = made.pop("how")
-        if _latest_checkpoint_name(submitted.run) != submitted.job["start"] and not how.startswith("CANCELLED"):
+        end_state = outcome.pop("how")
+        if _latest_checkpoint_name(submitted.run) != submitted.job["start"] and not end_state.startswith("CANCELLED"):
             return None  # a time limit, or preemption by another job
         return CheckpointError(
             f"run {submitted.run.name}",
-            f"its {self.cluster.title} {submitted.job['id']} ended ({how}) before the run did",
+            f"its {self.cluster.title} {submitted.job['id']} ended ({end_state}) before the run did",
             f"its messages are in {self.cluster.log(submitted.job['id'], Path(submitted.job['order']))}; the same command continues",
         )
 
@@ -321,13 +321,15 @@ def _latest_checkpoint_name(run: SweepRun) -> str | None:
 @contextmanager
 def _collect_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM in a list instead of handling them."""
-    seen: list[int] = []
+    signals: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield seen  # handlers can only be set in the main thread
+        yield signals  # handlers can only be set in the main thread
         return
-    old = {n: signal.signal(n, lambda number, _: seen.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    previous_handlers = {
+        n: signal.signal(n, lambda number, _: signals.append(number)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield seen
+        yield signals
     finally:
-        for n, handler in old.items():
+        for n, handler in previous_handlers.items():
             signal.signal(n, handler)

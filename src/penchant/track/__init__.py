@@ -47,15 +47,15 @@ def check_installed(names: Sequence[str], where: str = "logging.trackers") -> No
 def run_info(folder: Path, settings: LoggingConfig, config: Mapping[str, Any]) -> RunInfo:
     """Describe a run for its trackers; the default name is its folder's, the default group is the sweep or pipeline it belongs to."""
     folder = folder.resolve()
-    belongs = any((folder.parent / name).exists() for name in (SWEEP, PIPELINE))
-    own = settings.dir
+    in_group = any((folder.parent / name).exists() for name in (SWEEP, PIPELINE))
+    custom_dir = settings.dir
     return RunInfo(
         folder=str(folder),
         name=settings.name or folder.name,
         project=settings.project,
-        dir=str(Path(own).expanduser().resolve() if own else folder / FOLDER),
-        own_dir=own is not None,
-        group=settings.group or (folder.parent.name if belongs else None),
+        dir=str(Path(custom_dir).expanduser().resolve() if custom_dir else folder / FOLDER),
+        own_dir=custom_dir is not None,
+        group=settings.group or (folder.parent.name if in_group else None),
         tags=tuple(settings.tags),
         config=config,
     )
@@ -105,15 +105,15 @@ class Mirror:
         if self.process is None or self.process.stdout is None:
             return
         try:
-            new = os.read(self.process.stdout.fileno(), 65536)
+            chunk = os.read(self.process.stdout.fileno(), 65536)
         except BlockingIOError:
             return
         except OSError:
-            new = b""
-        *whole, self._read = (self._read + new).split(b"\n")
-        for text in whole:
+            chunk = b""
+        *lines, self._read = (self._read + chunk).split(b"\n")
+        for text in lines:
             self._handle_message(json.loads(text))
-        if not new and not self.done and self.failed is None:
+        if not chunk and not self.done and self.failed is None:
             self._warn("ended before the run did")
 
     def end(self, status: str, summary: Mapping[str, Any]) -> None:
@@ -132,17 +132,17 @@ class Mirror:
         hung = self.process is not None and not self.done and self.process.poll() is None
         self._kill()
         sent = sent_to(Path(self.info.folder), self.spec.name)
-        whole = self.done and sent.unsent == 0 and sent.error is None
-        if not whole:
-            later = f"`penchant track {shlex.quote(self.info.folder)} --to {self.spec.name}` sends what is missing"
-            self.say(f"{self.spec.label}: {self._failure_reason(hung, sent)}; metrics.jsonl has every line. {later}")
-        return whole
+        complete = self.done and sent.unsent == 0 and sent.error is None
+        if not complete:
+            hint = f"`penchant track {shlex.quote(self.info.folder)} --to {self.spec.name}` sends what is missing"
+            self.say(f"{self.spec.label}: {self._failure_reason(hung, sent)}; metrics.jsonl has every line. {hint}")
+        return complete
 
     def _failure_reason(self, hung: bool, sent: Sent) -> str:
         """Return what went wrong, without repeating a message that was already shown."""
-        why = f"no answer in {self.timeout:g} s" if hung else sent.error or self.failed or "it ended by itself"
+        reason = f"no answer in {self.timeout:g} s" if hung else sent.error or self.failed or "it ended by itself"
         count = f"{sent.unsent} lines were not sent" if sent.unsent else "its run was not closed"
-        return count if why == self.failed else f"{count} ({one_line(why)})"
+        return count if reason == self.failed else f"{count} ({one_line(reason)})"
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self.process is not None and self.process.stdin is not None
@@ -259,16 +259,16 @@ def track_run(
     from penchant.training.options import LoggingConfig
 
     config = load_config(folder / CONFIG)
-    given = {name: value for name, value in settings.items() if value is not None}
-    values = {"logging": {**config.logging.model_dump(), **given, "trackers": list(to)}}
+    overrides = {name: value for name, value in settings.items() if value is not None}
+    values = {"logging": {**config.logging.model_dump(), **overrides, "trackers": list(to)}}
     logging = read_section(LoggingConfig, "logging", values, {}, "track")
     with RunLock(folder):
         mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), lambda line: say(line.removesuffix(GOES_ON)))
         mirrors.begin(anew=anew)
         for sentence in damage_notes(folder):
             say(sentence)
-        known = read_folder(folder)
-        last = next((row for row in reversed(known.metrics) if row.get("kind") == "eval"), {})
-        status = str(known.manifest.get("status", "killed"))
+        contents = read_folder(folder)
+        last_eval = next((row for row in reversed(contents.metrics) if row.get("kind") == "eval"), {})
+        status = str(contents.manifest.get("status", "killed"))
         # a manifest that says "running" although the lock was free means that the process died
-        return mirrors.finish("killed" if status == "running" else status, last, patient=True)
+        return mirrors.finish("killed" if status == "running" else status, last_eval, patient=True)

@@ -40,8 +40,8 @@ class WeightsAndBiases:
         )
         # the steps of a resumed run may be out of order, so each row carries its own
         self.run.define_metric(STEP)
-        for names in ("train/*", "eval/*", "perf/*"):
-            self.run.define_metric(names, step_metric=STEP)
+        for pattern in ("train/*", "eval/*", "perf/*"):
+            self.run.define_metric(pattern, step_metric=STEP)
         url = (self.run.url or "").split("?")[0]
         return Started(str(self.run.id), url or str(self.run.dir).removesuffix("/files"))
 
@@ -100,8 +100,8 @@ class TensorBoard:
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         # indented by four spaces: the text plugin renders Markdown, and a user's names must not become markup
-        shown = "\n".join(f"    {line}" for line in text.split("\n"))
-        self.writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(tag, shown)))
+        indented = "\n".join(f"    {line}" for line in text.split("\n"))
+        self.writer.add_event(Event(wall_time=time.time(), step=step, summary=text_pb(tag, indented)))
 
 
 # ---- MLflow: a run of the experiment named like the project, in `MLFLOW_TRACKING_URI` or in a SQLite file of its own ----
@@ -117,30 +117,30 @@ class MLflow:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient
 
-        where = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(info.dir) / 'mlflow.db'}"
-        self.client = MlflowClient(tracking_uri=where)
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path(info.dir) / 'mlflow.db'}"
+        self.client = MlflowClient(tracking_uri=uri)
         if info.id is not None:
             self.id = info.id
             self.client.update_run(self.id, status="RUNNING")
-            return Started(self.id, where)
-        known = self.client.get_experiment_by_name(info.project)
-        experiment = known.experiment_id if known else self.client.create_experiment(info.project)
+            return Started(self.id, uri)
+        existing = self.client.get_experiment_by_name(info.project)
+        experiment = existing.experiment_id if existing else self.client.create_experiment(info.project)
         tags = {"mlflow.source.name": "penchant", **dict.fromkeys(info.tags, "true")}
         if info.group:
             tags["group"] = info.group
         self.id = self.client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
         params = [Param(name, str(value)[:LONGEST]) for name, value in flatten(info.config).items()]
-        for at in range(0, len(params), PARAMS):
-            self.client.log_batch(self.id, params=params[at : at + PARAMS])
-        return Started(self.id, where)
+        for start in range(0, len(params), PARAMS):
+            self.client.log_batch(self.id, params=params[start : start + PARAMS])
+        return Started(self.id, uri)
 
     def log(self, lines: Sequence[Line]) -> None:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, line.step) for line in lines for name, value in line.values.items()]
-        for at in range(0, len(metrics), METRICS):
-            self.client.log_batch(self.id, metrics=metrics[at : at + METRICS])
+        for start in range(0, len(metrics), METRICS):
+            self.client.log_batch(self.id, metrics=metrics[start : start + METRICS])
 
     def finish(self, status: str, summary: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
         self.client.set_tag(self.id, "status", status)

@@ -147,8 +147,8 @@ def sent_file(folder: Path, tracker: str) -> Path:
 def sent_to(folder: Path, tracker: str) -> Sent:
     """Return the record of a tracker, empty if the file is missing or damaged."""
     try:
-        found = json.loads(sent_file(folder, tracker).read_text(encoding="utf-8"))
-        return Sent(**{name: found[name] for name in Sent.__dataclass_fields__ if name in found})
+        record = json.loads(sent_file(folder, tracker).read_text(encoding="utf-8"))
+        return Sent(**{name: record[name] for name in Sent.__dataclass_fields__ if name in record})
     except (OSError, ValueError, TypeError, AttributeError):
         return Sent()
 
@@ -167,10 +167,10 @@ def to_line(row: Mapping[str, Any], kind: str | None = None) -> Line:
     """
     kind = kind or str(row["kind"])
     values = {
-        shown: float(value)
-        for name, given in row.items()
+        label: float(value)
+        for name, raw_value in row.items()
         if name not in NON_METRICS
-        for shown, value in _flatten(f"{kind}/{name.removeprefix(f'{kind}/')}", given)
+        for label, value in _flatten(f"{kind}/{name.removeprefix(f'{kind}/')}", raw_value)
     }
     return Line(kind, int(row["step"]), values)
 
@@ -196,16 +196,16 @@ class Tail:
         If a log was truncated, all of its lines are returned again, since a resumed run writes the same ones.
         """
         rows = [(row, kind) for log, kind in self._logs for row in log.read()[1]]
-        found = [to_line(row, kind) for row, kind in rows if isinstance(row.get("step"), int)]
-        return sorted(found, key=lambda line: (line.step, line.kind == "eval"))
+        lines = [to_line(row, kind) for row, kind in rows if isinstance(row.get("step"), int)]
+        return sorted(lines, key=lambda line: (line.step, line.kind == "eval"))
 
 
 def unsent(lines: Sequence[Line], sent: Mapping[str, int]) -> list[Line]:
     """Return the lines whose step is after the last one sent of their kind; steps that a resumed run logs again are left out."""
-    high = dict(sent)
-    found = []
+    last_sent = dict(sent)
+    new_lines = []
     for line in lines:
-        if line.step > high.get(line.kind, -1):
-            high[line.kind] = line.step
-            found.append(line)
-    return found
+        if line.step > last_sent.get(line.kind, -1):
+            last_sent[line.kind] = line.step
+            new_lines.append(line)
+    return new_lines

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from penchant.base.files import aside_of, check_sums, file_sha256, fsync, sweep, writing
+from penchant.base.files import check_sums, file_sha256, fsync, sweep, temp_path, writing
 from penchant.distributed.world import World, agreed, current
 from penchant.errors import CheckpointError, DiskError
 from penchant.runfolder import CHECKPOINTS, MANIFEST, checkpoint_state, checkpoints
@@ -41,21 +41,21 @@ def save_checkpoint(
     """
     root = folder / CHECKPOINTS
     final = root / f"step-{step}"
-    aside = aside_of(final)
+    temp = temp_path(final)
     try:
         with writing(final):
             root.mkdir(parents=True, exist_ok=True)
             sweep(root)
-            aside.mkdir()
-            write_model(aside / "model")
-            write_tensors(aside / "state.safetensors", tensors)
-            (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
-            sums = {str(p.relative_to(aside)): file_sha256(p) for p in sorted(aside.rglob("*")) if p.is_file()}
-            for path in aside.rglob("*"):
+            temp.mkdir()
+            write_model(temp / "model")
+            write_tensors(temp / "state.safetensors", tensors)
+            (temp / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
+            sums = {str(p.relative_to(temp)): file_sha256(p) for p in sorted(temp.rglob("*")) if p.is_file()}
+            for path in temp.rglob("*"):
                 fsync(path)
-            _finalize_checkpoint(aside, final, step, sums)
+            _finalize_checkpoint(temp, final, step, sums)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temp, ignore_errors=True)
         raise
     return final
 
@@ -79,11 +79,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file one tensor at a time; `save_file` would copy all GPU tensors to host memory at once."""
     in_order = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     ends = itertools.accumulate((t.nbytes for _, t in in_order), initial=0)
-    parts = {
-        name: {"dtype": _SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": place}
-        for (name, t), place in zip(in_order, itertools.pairwise(ends), strict=True)
+    entries = {
+        name: {"dtype": _SAFETENSORS_DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": offsets}
+        for (name, t), offsets in zip(in_order, itertools.pairwise(ends), strict=True)
     }
-    header = json.dumps(parts).encode()
+    header = json.dumps(entries).encode()
     header += b" " * (-len(header) % 8)  # the data must start 8-byte aligned
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
@@ -120,40 +120,40 @@ def save_sharded(
 
     root = folder / CHECKPOINTS
     final = root / f"step-{step}"
-    aside: Path = world.share(aside_of(final))
+    temp: Path = world.share(temp_path(final))
     try:
         with world.together(), writing(final):
             if world.leads:
                 root.mkdir(parents=True, exist_ok=True)
                 sweep(root)
-                (aside / SHARDS).mkdir(parents=True)
+                (temp / SHARDS).mkdir(parents=True)
         with world.together(patient=True), writing(final):  # only rank 0 writes the model, perhaps slowly
-            write_model(aside / "model")
+            write_model(temp / "model")
         try:
             with writing(final), _reraise_cause():
                 files = _assign_files(tensors, world.size * FILE_BYTES)
-                writer = HuggingFaceStorageWriter(str(aside / SHARDS), files, save_distributed=True)
+                writer = HuggingFaceStorageWriter(str(temp / SHARDS), files, save_distributed=True)
                 dcp.save(dict(tensors), storage_writer=writer, process_group=world.group)
         except DiskError as error:  # DCP raises one rank's error on all ranks
             raise agreed(error) from None
         sums: dict[str, str] = {}
         with world.together(patient=True), writing(final):
             if world.leads:
-                (aside / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
-            for path in sorted(p for p in aside.rglob("*") if p.is_file()):
-                shard = path.parent.name == SHARDS
-                if path.name.startswith(f"shard-{world.rank + 1:05d}-") if shard else world.leads:
-                    sums[str(path.relative_to(aside))] = file_sha256(path)
+                (temp / "state.json").write_text(json.dumps(dict(state), indent=1, allow_nan=False))
+            for path in sorted(p for p in temp.rglob("*") if p.is_file()):
+                is_shard = path.parent.name == SHARDS
+                if path.name.startswith(f"shard-{world.rank + 1:05d}-") if is_shard else world.leads:
+                    sums[str(path.relative_to(temp))] = file_sha256(path)
                     fsync(path)
         all_sums = {name: sha256 for part in world.gather(sums) for name, sha256 in part.items()}
         with world.together(), writing(final):
             if world.leads:
-                for path in (p for p in aside.iterdir() if p.is_dir()):
+                for path in (p for p in temp.iterdir() if p.is_dir()):
                     fsync(path)
-                _finalize_checkpoint(aside, final, step, all_sums)
+                _finalize_checkpoint(temp, final, step, all_sums)
     except BaseException:
         if world.leads:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temp, ignore_errors=True)
         raise
     return final
 
@@ -188,13 +188,13 @@ def _reraise_cause() -> Iterator[None]:
         raise cause from None
 
 
-def _finalize_checkpoint(aside: Path, final: Path, step: int, sums: Mapping[str, str]) -> None:
+def _finalize_checkpoint(temp: Path, final: Path, step: int, sums: Mapping[str, str]) -> None:
     """Finish a checkpoint whose files are on disk: write its manifest and rename it."""
-    (aside / MANIFEST).write_text(json.dumps({"step": step, "sha256": dict(sums)}, indent=1))
-    fsync(aside / MANIFEST)
-    fsync(aside)
+    (temp / MANIFEST).write_text(json.dumps({"step": step, "sha256": dict(sums)}, indent=1))
+    fsync(temp / MANIFEST)
+    fsync(temp)
     _remove(final)  # a resumed run reaches the same step again
-    os.rename(aside, final)
+    os.rename(temp, final)
     fsync(final.parent)
 
 
@@ -202,19 +202,19 @@ def _remove(path: Path) -> None:
     """Delete a checkpoint; it is renamed first, so that a kill midway leaves no partial checkpoint under its name."""
     if not path.exists():
         return
-    gone = aside_of(path.with_name(f"{path.name}-gone"))
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    discarded = temp_path(path.with_name(f"{path.name}-gone"))
+    os.rename(path, discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
 
 
 def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest complete checkpoint of a run, and a warning for each newer one that is incomplete."""
-    warnings: list[str] = []
+    messages: list[str] = []
     for path in reversed(checkpoints(folder)):
         if (path / MANIFEST).exists():
-            return path, warnings
-        warnings.append(f"{path}: has no manifest, so it is incomplete; using an older checkpoint")
-    return None, warnings
+            return path, messages
+        messages.append(f"{path}: has no manifest, so it is incomplete; using an older checkpoint")
+    return None, messages
 
 
 def find_checkpoint(folder: Path, step: str) -> Path | None:
@@ -282,18 +282,17 @@ def _read_shards(folder: Path, masters: Mapping[str, Tensor]) -> dict[str, Tenso
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     world, tensors = current(), {}
-    for name, found in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
-        assert isinstance(found, TensorStorageMetadata)  # safetensors files hold only tensors
+    for name, metadata in HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata.items():
+        assert isinstance(metadata, TensorStorageMetadata)  # safetensors files hold only tensors
         master = masters.get(name.rpartition("/")[2])
-        if world.many and master is not None and master.shape == found.size:
-            tensors[name] = torch.zeros_like(master.detach(), dtype=found.properties.dtype)
+        if world.many and master is not None and master.shape == metadata.size:
+            tensors[name] = torch.zeros_like(master.detach(), dtype=metadata.properties.dtype)
         else:
-            tensors[name] = torch.zeros(found.size, dtype=found.properties.dtype)
+            tensors[name] = torch.zeros(metadata.size, dtype=metadata.properties.dtype)
     reader = HuggingFaceStorageReader(str(folder))
     with warnings.catch_warnings(), _reraise_cause():
-        warnings.filterwarnings(
-            "ignore", "torch.distributed is disabled"
-        )  # one process reading a checkpoint of several
+        # one process reading a checkpoint of several
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, process_group=world.group, no_dist=not world.many)
     return tensors
 
@@ -302,8 +301,8 @@ def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Delete all checkpoints except the newest `keep_last` and the best one; incomplete ones are deleted too."""
     existing = checkpoints(folder)
     complete = [p for p in existing if (p / MANIFEST).exists()]
-    kept = {*complete[-keep_last:], folder / CHECKPOINTS / f"step-{best_step}"} & {*complete}
+    to_keep = {*complete[-keep_last:], folder / CHECKPOINTS / f"step-{best_step}"} & {*complete}
     for path in existing:
-        if path not in kept:
+        if path not in to_keep:
             with suppress(OSError):
                 _remove(path)

@@ -33,10 +33,10 @@ FEW = 4  # rows: accuracy over fewer is meaningless
 
 def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
     """The few metrics of a line that fit beside a progress bar."""
-    parts, few = [], metrics.get("rows", FEW) < FEW
+    parts, too_few = [], metrics.get("rows", FEW) < FEW
     for name, label in SHOWN.items():
         value = metrics.get(prefix + name)
-        if value is not None and not (few and name == "rewards/accuracies"):
+        if value is not None and not (too_few and name == "rewards/accuracies"):
             parts.append(f"{label} {value:.2e}" if name == "lr" else f"{label} {value:.4f}")
     return "  ".join(parts)
 

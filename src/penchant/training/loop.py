@@ -118,14 +118,14 @@ class Loop:
     @property
     def schedule(self) -> BatchSchedule:
         t = self.train
-        order = t.epochs, t.max_steps, t.seed, t.shuffle, self.updates, self.shares
-        return BatchSchedule(len(self.trees), t.batch_size, *order)
+        settings = t.epochs, t.max_steps, t.seed, t.shuffle, self.updates, self.shares
+        return BatchSchedule(len(self.trees), t.batch_size, *settings)
 
     @property
     def device(self) -> torch.device:
         """The model's device."""
-        found: torch.device = place_of(self.model)
-        return found
+        device: torch.device = place_of(self.model)
+        return device
 
     def run(self) -> RunState:
         """Train to the end, resuming from the last checkpoint if there is one.
@@ -170,16 +170,16 @@ class Loop:
 
     def _after_step(self, metrics: MetricsLog, schedule: BatchSchedule, total: int) -> None:
         step = self.state.step
-        last = step == total
-        if self.evaluate is not None and (last or _is_due(self.evaluation.every, step, schedule)):
+        is_last = step == total
+        if self.evaluate is not None and (is_last or _is_due(self.evaluation.every, step, schedule)):
             self._evaluate(metrics, schedule)
         signum, stop = self._asked_to_stop()
-        paused = (stop or step == self.pause_at) and not last
-        if last or paused or signum is not None or _is_due(self.checkpoint.every, step, schedule):
-            self._save(metrics, wait=last or paused or signum is not None)
+        paused = (stop or step == self.pause_at) and not is_last
+        if is_last or paused or signum is not None or _is_due(self.checkpoint.every, step, schedule):
+            self._save(metrics, wait=is_last or paused or signum is not None)
             signum, stop = self._asked_to_stop()  # again, as saving takes a while and calls callbacks
-            paused |= stop and not last
-        if signum is not None and not last:
+            paused |= stop and not is_last
+        if signum is not None and not is_last:
             raise agreed(
                 Interrupted(
                     str(self.folder),
@@ -192,12 +192,12 @@ class Loop:
 
     def _asked_to_stop(self) -> tuple[int | None, bool]:
         """The signal that any rank received, or None, and whether a callback asked to stop the run."""
-        written = self._pending_checkpoint is not None and self._pending_checkpoint[0].done()
-        found = self.world.gather((self.interrupted, self.stop, written))
-        if all(done for *_, done in found):  # all ranks get here together, so one rank's error is raised on all
+        is_written = self._pending_checkpoint is not None and self._pending_checkpoint[0].done()
+        reports = self.world.gather((self.interrupted, self.stop, is_written))
+        if all(done for *_, done in reports):  # all ranks get here together, so one rank's error is raised on all
             self._wait_for_checkpoint()
-            found = self.world.gather((self.interrupted, self.stop, written))
-        return next((n for n, *_ in found if n is not None), None), any(stop for _, stop, _ in found)
+            reports = self.world.gather((self.interrupted, self.stop, is_written))
+        return next((n for n, *_ in reports if n is not None), None), any(stop for _, stop, _ in reports)
 
     def _notify_callbacks(self, event: str, *args: Any) -> None:
         if self.callbacks.callbacks and self.world.leads:
@@ -220,9 +220,9 @@ class Loop:
 
         They are not logged if no evaluation was due, so that the run's files match those of a run that never paused.
         """
-        step, known = self.state.step, self.state.last_eval
-        if known.get("step") == step:
-            values = {k: v for k, v in known.items() if k not in ("kind", "step", "epoch")}
+        step, last_eval = self.state.step, self.state.last_eval
+        if last_eval.get("step") == step:
+            values = {k: v for k, v in last_eval.items() if k not in ("kind", "step", "epoch")}
         else:
             self.model.eval()
             values = self.evaluate(step) if self.evaluate is not None else {}
@@ -357,12 +357,12 @@ class Loop:
             self._dump_and_stop(step, f"the gradient norm is {grad_norm}", batches)
         if grad_norm == 0.0 and step == 0:
             values = self.algorithm.step_values()
-            why = "with these settings and rows nothing is learned"
+            reason = "with these settings and rows nothing is learned"
             if "frac_reward_zero_std" in values:  # a later step's completions may teach something
-                named = ("frac_reward_zero_std", "completions/ended")
-                figures = ", ".join(f"{n} {values[n]:.2g}" for n in named if n in values)
-                why = f"completions of equal reward, and those left out, teach nothing ({figures})"
-            self.console.note(f"the gradient of the first step is exactly zero: {why}")
+                names = ("frac_reward_zero_std", "completions/ended")
+                figures = ", ".join(f"{n} {values[n]:.2g}" for n in names if n in values)
+                reason = f"completions of equal reward, and those left out, teach nothing ({figures})"
+            self.console.note(f"the gradient of the first step is exactly zero: {reason}")
         return totals.means(), grad_norm
 
     def _backward_coupled(
@@ -384,9 +384,9 @@ class Loop:
             parts = list(self._map_batches(score, batches))
         own_parts = tuple(part for part, b in zip(parts, batches, strict=True) if not b.idle)
         all_parts = self.world.gather_tensors(own_parts, self.device) if self.world.many else [own_parts]
-        whole = Scored.cat([part for rank_parts in all_parts for part in rank_parts])
-        leaf = whole.policy_logps.detach().requires_grad_()
-        out = self._loss(step, replace(whole, policy_logps=leaf))
+        combined = Scored.cat([part for rank_parts in all_parts for part in rank_parts])
+        leaf = combined.policy_logps.detach().requires_grad_()
+        out = self._loss(step, replace(combined, policy_logps=leaf))
         (grad,) = torch.autograd.grad(reduced(out, counts), leaf)
         if self.world.leads:  # every rank computed the whole step's loss
             totals.add(out)
@@ -397,7 +397,7 @@ class Loop:
             )
         )
         grads = [torch.zeros_like(b.lengths, dtype=grad.dtype) if b.idle else next(own_grads) for b in batches]
-        del whole, all_parts
+        del combined, all_parts
 
         def backward(i: int, batch: PackedBatch) -> None:
             logps = (parts[i] if fits else score(i, batch)).policy_logps
@@ -472,8 +472,10 @@ class Loop:
 
     def _check_rows(self, step: int, trees: Sequence[TokenTree] | None) -> None:
         """Refuse a step if ranks have different rows, as with a user's own method; None: the rows come from the data."""
-        seen = self.world.gather(None if trees is None else [(t.row, tree_tokens(t, self.shared)) for t in trees])
-        if any(rows != seen[0] for rows in seen):
+        rows_by_rank = self.world.gather(
+            None if trees is None else [(t.row, tree_tokens(t, self.shared)) for t in trees]
+        )
+        if any(rows != rows_by_rank[0] for rows in rows_by_rank):
             raise agreed(
                 TrainingStopped(
                     f"{self.folder}: step {step}",
@@ -507,8 +509,8 @@ class Loop:
         sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
         if self.world.leads:
             with optional_write(path, self.console.note):
-                listed = [{"row": r, "source": sources[r]} for r in rows]
-                write_atomically(path, {"step": step, "what": what, "rows": listed})
+                entries = [{"row": r, "source": sources[r]} for r in rows]
+                write_atomically(path, {"step": step, "what": what, "rows": entries})
         raise agreed(
             TrainingStopped(
                 f"{self.folder}: step {step}",
@@ -531,39 +533,39 @@ class Loop:
         if value is None or self.state.step == 0:
             return
         best = self.state.best_value
-        better = best is None or (value < best if self.checkpoint.mode == "min" else value > best)
-        if better:
+        is_better = best is None or (value < best if self.checkpoint.mode == "min" else value > best)
+        if is_better:
             self.state.best_value, self.state.best_step = float(value), self.state.step
 
     def _save(self, metrics: MetricsLog, wait: bool = True) -> None:
         """Write a checkpoint, in the background if that is enabled and `wait` is False."""
         self._wait_for_checkpoint()
         step, best, algorithm = self.state.step, self.state.best_step, self.algorithm.state_tensors()
-        logged = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
-        what: dict[str, Any] = {
+        log_state = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
+        contents: dict[str, Any] = {
             "write_model": self.write_model(),
             "tensors": self.optimizer.state_tensors() | {f"algorithm/{n}": value for n, value in algorithm.items()},
-            "state": nan_to_none(asdict(self.state)) | logged | {"identity": nan_to_none(self.identity)},
+            "state": nan_to_none(asdict(self.state)) | log_state | {"identity": nan_to_none(self.identity)},
         }
 
-        def done() -> None:
+        def after_save() -> None:
             if self.world.leads:
                 prune(self.folder, self.checkpoint.keep_last, best if self.checkpoint.keep_best else None)
                 self._notify_callbacks("on_checkpoint", step, self.folder / CHECKPOINTS / f"step-{step}")
 
         if self.world.many and self.background and not wait:
-            self._writer_world = writers = self._writer_world or self.world.beside()
-            what["tensors"] = copy_to_host(what["tensors"])
+            self._writer_world = writer_world = self._writer_world or self.world.beside()
+            contents["tensors"] = copy_to_host(contents["tensors"])
             self._pending_checkpoint = (
-                run_in_thread(lambda: save_sharded(self.folder, step, world=writers, **what)),
-                done,
+                run_in_thread(lambda: save_sharded(self.folder, step, world=writer_world, **contents)),
+                after_save,
             )
             return
         if self.world.many:
-            save_sharded(self.folder, step, world=self.world, **what)
+            save_sharded(self.folder, step, world=self.world, **contents)
         else:
-            save_checkpoint(self.folder, step, **what)
-        done()
+            save_checkpoint(self.folder, step, **contents)
+        after_save()
 
     def _wait_for_checkpoint(self) -> None:
         """Wait for the checkpoint being written; all ranks do, and one rank's error is raised on all."""

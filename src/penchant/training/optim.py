@@ -91,9 +91,9 @@ class MasterAdamW:
         self.masters: dict[str, Tensor] = {}
         self._hooks = []
         for name, p in self.params.items():
-            shadow = dtype in (torch.bfloat16, torch.float16) and not stays_wide(name)
-            master = p.detach().float().clone() if shadow else p
-            if shadow:
+            is_shadow = dtype in (torch.bfloat16, torch.float16) and not stays_wide(name)
+            master = p.detach().float().clone() if is_shadow else p
+            if is_shadow:
                 p.data = p.data.to(dtype)  # the master keeps the exact values of the file
                 p.main_grad = torch.zeros_like(master)  # type: ignore[attr-defined]
                 master.grad = p.main_grad  # type: ignore[attr-defined]
@@ -136,10 +136,10 @@ class MasterAdamW:
 
     def step(self, lr: float) -> None:
         """Take one step at learning rate `lr`, then update the shadows and zero the gradients."""
-        for part in self.optimizers:
-            for group in part.param_groups:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
                 group["lr"] = lr * group["rate"]
-            part.step()
+            optimizer.step()
         shadows = self._shadows()
         if shadows:
             torch._foreach_copy_([p.data for p, _ in shadows], [m for _, m in shadows])
@@ -162,7 +162,7 @@ class MasterAdamW:
         for name, master in self.masters.items():
             tensors[f"master/{name}"] = master.detach()
             state: Mapping[str, Any] = next(
-                (part.state[master] for part in self.optimizers if master in part.state), {}
+                (optimizer.state[master] for optimizer in self.optimizers if master in optimizer.state), {}
             )
             for key in _STATE:
                 if state.get(key) is not None:
@@ -177,13 +177,13 @@ class MasterAdamW:
             if master is not p:
                 p.data.copy_(master)
         names = {id(master): name for name, master in self.masters.items()}
-        for part in self.optimizers:
-            for i, group in enumerate(part.param_groups):
+        for optimizer in self.optimizers:
+            for i, group in enumerate(optimizer.param_groups):
                 for j, master in enumerate(group["params"]):
                     name = names[id(master)]
                     stored = {key: tensors[f"{key}/{name}"] for key in _STATE if f"{key}/{name}" in tensors}
                     if stored:
-                        _restore(part, (i, j), master, stored)
+                        _restore(optimizer, (i, j), master, stored)
 
 
 def state_bytes(kind: str, named: Iterable[tuple[str, Tensor]], momentum: float | None = None) -> int:
@@ -210,10 +210,10 @@ def _uses_muon(kind: str, name: str, p: Tensor) -> bool:
     return kind == "muon" and p.ndim == 2 and _HIDDEN.search(name) is not None
 
 
-def _restore(part: Any, at: tuple[int, int], master: Tensor, stored: Mapping[str, Tensor]) -> None:
-    """Restore the optimizer state of the parameter at index `at` (group, position in the group)."""
+def _restore(part: Any, index: tuple[int, int], master: Tensor, stored: Mapping[str, Tensor]) -> None:
+    """Restore the optimizer state of the parameter at `index` (group, position in the group)."""
     if hasattr(part, "init_state"):  # bitsandbytes: creates quantization tables and possibly paged memory
-        part.init_state(part.param_groups[at[0]], master, *at)
+        part.init_state(part.param_groups[index[0]], master, *index)
         for key, value in stored.items():
             if key == "step":
                 part.state[master][key] = int(value)

@@ -111,10 +111,10 @@ class BatchSchedule:
 
     def batch(self, step: int) -> list[int]:
         """Row indices of optimizer step `step` (0-based)."""
-        epoch, at = divmod(step, self.steps_per_epoch)
+        epoch, position = divmod(step, self.steps_per_epoch)
         order = self.order(epoch)
-        at //= self.repeat
-        return [int(i) for i in order[at * self.batch_size : (at + 1) * self.batch_size]]
+        position //= self.repeat
+        return [int(i) for i in order[position * self.batch_size : (position + 1) * self.batch_size]]
 
     def epoch_at(self, step: int) -> float:
         """Epochs completed after `step` steps."""
@@ -149,7 +149,7 @@ class Totals:
         self.sums: dict[str, float] = {}
         self.counts: dict[str, float] = {}
         self.terms: set[str] = set()
-        self._added: list[tuple[list[tuple[str, int | None]], Tensor]] = []
+        self._pending: list[tuple[list[tuple[str, int | None]], Tensor]] = []
 
     @staticmethod
     def summed(output: LossOutput) -> Summed:
@@ -164,7 +164,7 @@ class Totals:
     def append(self, summed: Summed) -> None:
         names, terms, numbers = summed
         self.terms |= terms
-        self._added.append((names, numbers))
+        self._pending.append((names, numbers))
 
     def add(self, output: LossOutput) -> None:
         """Add one micro-batch."""
@@ -172,17 +172,17 @@ class Totals:
 
     def read(self, *more: Tensor) -> list[float]:
         """Move everything added so far to the host in one transfer, along with the scalars `more`, which are returned."""
-        vectors = [v for _, v in self._added]
+        vectors = [v for _, v in self._pending]
         # with offloaded gradients the norm is in host memory, while losses are on the GPU
         vectors += [in_fp64(m.detach()).reshape(1).to((vectors or more)[0].device) for m in more]
-        found = iter(on_host(torch.cat(vectors)) if vectors else [])
-        for names, _ in self._added:
+        numbers = iter(on_host(torch.cat(vectors)) if vectors else [])
+        for names, _ in self._pending:
             for name, _ in names:
-                self.sums[name] = self.sums.get(name, 0.0) + next(found)
-            for name, known in names:
-                self.counts[name] = self.counts.get(name, 0.0) + (next(found) if known is None else known)
-        self._added.clear()
-        return list(found)
+                self.sums[name] = self.sums.get(name, 0.0) + next(numbers)
+            for name, count in names:
+                self.counts[name] = self.counts.get(name, 0.0) + (next(numbers) if count is None else count)
+        self._pending.clear()
+        return list(numbers)
 
     def join(self, world: World) -> None:
         """Add the totals that the other ranks have read, in rank order, so that all ranks get the same numbers."""
@@ -192,9 +192,9 @@ class Totals:
         self.sums, self.counts, self.terms = {}, {}, set()
         for sums, counts, terms in parts:
             self.terms |= terms
-            for mine, theirs in ((self.sums, sums), (self.counts, counts)):
-                for name, value in theirs.items():
-                    mine[name] = mine.get(name, 0.0) + value
+            for own, other in ((self.sums, sums), (self.counts, counts)):
+                for name, value in other.items():
+                    own[name] = own.get(name, 0.0) + value
 
     @property
     def finite(self) -> bool:
@@ -207,9 +207,9 @@ class Totals:
         means = {name: s / self.counts[name] for name, s in self.sums.items() if self.counts[name] > 0}
         loss = {"loss": sum(v for name, v in means.items() if name in self.terms)}
         hidden = self.terms if len(self.terms) == 1 else set()
-        for part in [n.removesuffix("chosen") for n in means if n.endswith("rewards/chosen")]:
-            if f"{part}rejected" in means:  # labelled answers: mean of good minus mean of bad
-                means.setdefault(f"{part}margins", means[f"{part}chosen"] - means[f"{part}rejected"])
+        for stem in [n.removesuffix("chosen") for n in means if n.endswith("rewards/chosen")]:
+            if f"{stem}rejected" in means:  # labelled answers: mean of good minus mean of bad
+                means.setdefault(f"{stem}margins", means[f"{stem}chosen"] - means[f"{stem}rejected"])
         return {prefix + name: v for name, v in (loss | means).items() if name not in hidden}
 
 
@@ -232,30 +232,30 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
     if device.type != "cuda" or not wanted:
         yield
         return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    fill: Any = torch.utils.deterministic
-    filled = fill.fill_uninitialized_memory
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    previous = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic: Any = torch.utils.deterministic
+    previous_fill = deterministic.fill_uninitialized_memory
+    cudnn_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    fill.fill_uninitialized_memory = False  # an extra pass over every buffer, useful only for debugging
+    deterministic.fill_uninitialized_memory = False  # an extra pass over every buffer, useful only for debugging
     torch.backends.cuda.enable_cudnn_sdp(False)  # first choice on Hopper, nondeterministic, and allowed by warn_only
     try:
         with _ordered_attention():
             yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        fill.fill_uninitialized_memory = filled
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_enabled)
+        torch.use_deterministic_algorithms(previous[0], warn_only=previous[1])
+        deterministic.fill_uninitialized_memory = previous_fill
 
 
 @contextmanager
 def _ordered_attention() -> Iterator[None]:
     """Make SDPA's backward kernels deterministic within a step, which they are not in warn-only mode."""
-    plain = F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def ordered(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        out = plain(query, key, value, *args, **kwargs)
+        out = original(query, key, value, *args, **kwargs)
         if out.requires_grad:  # this hook runs just before the backward kernel, those of its (non-leaf) inputs after
             out.register_hook(lambda _: torch.use_deterministic_algorithms(True))
             for x in (query, key, value):
@@ -267,7 +267,7 @@ def _ordered_attention() -> Iterator[None]:
     try:
         yield
     finally:
-        F.scaled_dot_product_attention = plain  # type: ignore[assignment]
+        F.scaled_dot_product_attention = original  # type: ignore[assignment]
 
 
 def set_precision(device: torch.device, tf32: bool) -> None:

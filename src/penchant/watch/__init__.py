@@ -72,9 +72,9 @@ class Watch:
             return run_frame(self.view.members[self.chosen - 1].view, size)
         return group_frame(self.view, size)
 
-    def footer(self, every: float, width: int) -> Text:
+    def footer(self, interval: float, width: int) -> Text:
         keys = "q quits" + (", n and p: next and previous run" if isinstance(self.view, GroupView) else "")
-        return justify(Text(keys, "dim"), Text(f"{time.strftime('%H:%M:%S')}, every {every:g} s", "dim"), width)
+        return justify(Text(keys, "dim"), Text(f"{time.strftime('%H:%M:%S')}, every {interval:g} s", "dim"), width)
 
 
 def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) -> int:
@@ -109,9 +109,9 @@ def waiting_message(path: Path) -> str:
     if path.is_dir():
         return f"{clean(path)}: no run in this folder yet"
     with suppress(OSError):
-        near = closest(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 0.7)
-        if near:
-            return f"{clean(path)}: no such folder yet; there is {clean(path.with_name(near))}"
+        similar = closest(path.name, [p.name for p in path.parent.iterdir() if p.is_dir()], 0.7)
+        if similar:
+            return f"{clean(path)}: no such folder yet; there is {clean(path.with_name(similar))}"
     return f"{clean(path)}: no such folder yet"
 
 
@@ -153,18 +153,18 @@ def _follow(watched: Watch, console: Console, interval: float) -> int:
 
 
 def _show_until(
-    end: float, watched: Watch, console: Console, live: Live, read_key: Callable[[float], str], every: float
+    end: float, watched: Watch, console: Console, live: Live, read_key: Callable[[float], str], interval: float
 ) -> bool:
     """Show the frame until it is time for the next one; return False if a key ended it."""
-    drawn = None
+    last_drawn = None
     while time.monotonic() < end:
         width, height = console.size
-        if (now := (width, height, watched.chosen)) != drawn:
-            drawn = now
+        if (current := (width, height, watched.chosen)) != last_drawn:
+            last_drawn = current
             size = _size(console, width, height - 1)
             frame = watched.frame(size)
             frame += [Text()] * (size.height - len(frame))
-            live.update(Group(*frame, watched.footer(every, size.width)), refresh=True)
+            live.update(Group(*frame, watched.footer(interval, size.width)), refresh=True)
         key = read_key(min(SLICE, max(0.0, end - time.monotonic())))
         if key in QUIT and key:
             return False
@@ -182,7 +182,7 @@ def _key_reader() -> Iterator[Callable[[float], str]]:
     import tty
 
     handle = sys.stdin.fileno()
-    saved = termios.tcgetattr(handle)
+    saved_settings = termios.tcgetattr(handle)
 
     def read_key(seconds: float) -> str:
         if not select.select([handle], [], [], seconds)[0]:
@@ -193,7 +193,7 @@ def _key_reader() -> Iterator[Callable[[float], str]]:
     try:
         yield read_key
     finally:
-        termios.tcsetattr(handle, termios.TCSADRAIN, saved)
+        termios.tcsetattr(handle, termios.TCSADRAIN, saved_settings)
 
 
 def _wait_without_keys(seconds: float) -> str:
@@ -205,13 +205,13 @@ def _wait_without_keys(seconds: float) -> str:
 def _interrupt_on_signals() -> Iterator[None]:
     """Make SIGTERM and SIGHUP end the program as Ctrl-C does, so that the terminal is restored."""
 
-    def end(number: int, _frame: Any) -> None:
+    def interrupt(number: int, _frame: Any) -> None:
         raise KeyboardInterrupt
 
     numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    old = {n: signal.signal(n, end) for n in numbers}
+    previous_handlers = {n: signal.signal(n, interrupt) for n in numbers}
     try:
         yield
     finally:
-        for n, handler in old.items():
+        for n, handler in previous_handlers.items():
             signal.signal(n, handler)

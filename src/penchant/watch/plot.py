@@ -45,18 +45,18 @@ def axis_label(value: float, span: float, largest: float) -> str:
     decimals = max(0, 1 - math.floor(math.log10(span))) if span > 0 else 2
     if largest >= 1e5 or decimals > 4:
         return f"{value:.1e}"
-    made = f"{value:.{decimals}f}"
-    return made.lstrip("-") if float(made) == 0 else made
+    label = f"{value:.{decimals}f}"
+    return label.lstrip("-") if float(label) == 0 else label
 
 
 def bin_points(line: Sequence[Pair], x0: float, x1: float, columns: int) -> list[tuple[int, float]]:
     """Return (column, mean) of the points that fall into each dot column; empty columns are left out."""
     sums: dict[int, tuple[float, int]] = {}
     for x, y in line:
-        at = _to_cell(x, x0, x1, columns)
-        total, n = sums.get(at, (0.0, 0))
-        sums[at] = (total + y, n + 1)
-    return [(at, total / n) for at, (total, n) in sorted(sums.items())]
+        column = _to_cell(x, x0, x1, columns)
+        total, n = sums.get(column, (0.0, 0))
+        sums[column] = (total + y, n + 1)
+    return [(column, total / n) for column, (total, n) in sorted(sums.items())]
 
 
 def _to_cell(v: float, low: float, high: float, cells: int) -> int:
@@ -95,18 +95,18 @@ def plot(
 
     dots = _braille_bits([(x, dots_from_top(y)) for x, y in means])
     overlay: dict[tuple[int, int], str] = {}
-    at = [_to_cell(p.step, x0, x1, columns * 2) // 2 for p in points]
-    for x, p in zip(at, points, strict=True):
+    point_columns = [_to_cell(p.step, x0, x1, columns * 2) // 2 for p in points]
+    for x, p in zip(point_columns, points, strict=True):
         if p.interval is not None:
             overlay |= {
                 (x, y): glyphs.whisker
                 for y in range(dots_from_top(p.interval[1]) // 4, dots_from_top(p.interval[0]) // 4 + 1)
             }
-    overlay |= {(x, dots_from_top(p.value) // 4): glyphs.point for x, p in zip(at, points, strict=True)}
+    overlay |= {(x, dots_from_top(p.value) // 4): glyphs.point for x, p in zip(point_columns, points, strict=True)}
     # the outer labels give the edges of the plot, the middle one gives the center of its row
     middle = {(rows - 1) // 2: y1 - (y1 - y0) * ((rows - 1) // 2 + 0.5) / rows} if rows >= 5 else {}
     labels = {y: axis_label(v, y1 - y0, max(abs(y0), abs(y1))) for y, v in {0: y1, **middle, rows - 1: y0}.items()}
-    made = [
+    lines = [
         Text.assemble(
             (f"{labels.get(y, '')[:GUTTER]:>{GUTTER}}{glyphs.bar}", AXIS),
             *(
@@ -118,18 +118,18 @@ def plot(
     ]
     first, last = f"{x0:,.0f}", f"{x1:,.0f}"
     rule = glyphs.rule * max(1, columns - len(first) - len(last))
-    return [*made, Text(f"{'':>{GUTTER}}{glyphs.corner}{first}{rule}{last}"[:width], AXIS)]
+    return [*lines, Text(f"{'':>{GUTTER}}{glyphs.corner}{first}{rule}{last}"[:width], AXIS)]
 
 
 def _braille_bits(path: Sequence[tuple[int, int]]) -> dict[tuple[int, int], int]:
     """Return the braille bits of each cell that a path through the dots touches."""
-    made: dict[tuple[int, int], int] = {}
+    bits: dict[tuple[int, int], int] = {}
     for (x0, y0), (x1, y1) in zip(path, [*path[1:], *path[-1:]], strict=True):
         n = max(abs(x1 - x0), abs(y1 - y0), 1)
         for i in range(n + 1):
             x, y = round(x0 + (x1 - x0) * i / n), round(y0 + (y1 - y0) * i / n)
-            made[x // 2, y // 4] = made.get((x // 2, y // 4), 0) | _BITS[y % 4][x % 2]
-    return made
+            bits[x // 2, y // 4] = bits.get((x // 2, y // 4), 0) | _BITS[y % 4][x % 2]
+    return bits
 
 
 def _glyph(bits: int, glyphs: Glyphs) -> tuple[str, str]:

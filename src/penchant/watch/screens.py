@@ -71,9 +71,9 @@ class Size:
 
 def fit(text: Text, width: int) -> Text:
     """Cut or pad a text to exactly `width` cells."""
-    made = text.copy()
-    made.truncate(width, overflow="ellipsis", pad=True)
-    return made
+    fitted = text.copy()
+    fitted.truncate(width, overflow="ellipsis", pad=True)
+    return fitted
 
 
 def justify(left: Text, right: Text, width: int) -> Text:
@@ -95,18 +95,18 @@ def title(kind: str, name: str, state: Text, width: int) -> Text:
 
 def columns(cells: Sequence[Text], widths: Sequence[int]) -> Text:
     """Join cells into one line; those that have a width are fitted to it."""
-    made = [fit(c, w) for c, w in zip(cells, widths, strict=False)]
-    return Text("  ").join([*made, *cells[len(made) :]])
+    fitted = [fit(c, w) for c, w in zip(cells, widths, strict=False)]
+    return Text("  ").join([*fitted, *cells[len(fitted) :]])
 
 
-def wrap_labelled(label: str, text: str, width: int, most: int, label_width: int) -> list[Text]:
-    """Wrap a labelled text to at most `most` lines; an ellipsis marks a cut."""
+def wrap_labelled(label: str, text: str, width: int, max_lines: int, label_width: int) -> list[Text]:
+    """Wrap a labelled text to at most `max_lines` lines; an ellipsis marks a cut."""
     available = max(1, width - label_width)
     lines = [line.plain.strip() for line in Text(text).wrap(CONSOLE, available)]
-    if len(lines) > most:
-        last = Text(lines[most - 1] + "…")
+    if len(lines) > max_lines:
+        last = Text(lines[max_lines - 1] + "…")
         last.truncate(available, overflow="ellipsis")
-        lines = [*lines[: most - 1], last.plain]
+        lines = [*lines[: max_lines - 1], last.plain]
     first = [label, *[""] * (len(lines) - 1)]
     return [Text.assemble((f"{w:<{label_width}}", "dim"), line) for w, line in zip(first, lines, strict=True)]
 
@@ -117,11 +117,11 @@ def heading(title: str, width: int, glyphs: Glyphs) -> Text:
     return Text(start + glyphs.rule * max(0, width - cell_len(start)), "dim")
 
 
-def bar(done: float, width: int, size: Size) -> Text:
+def bar(fraction: float, width: int, size: Size) -> Text:
     """Draw a progress bar."""
-    full, rest = ("#", "-") if size.glyphs is ASCII else ("━", "─")
-    n = min(width, max(0, round(done * width)))
-    return Text.assemble((full * n, "green"), (rest * (width - n), "dim"))
+    filled, empty = ("#", "-") if size.glyphs is ASCII else ("━", "─")
+    n = min(width, max(0, round(fraction * width)))
+    return Text.assemble((filled * n, "green"), (empty * (width - n), "dim"))
 
 
 def crop_frame(lines: Sequence[Text], size: Size) -> list[Text]:
@@ -183,29 +183,29 @@ def header(view: RunView, size: Size) -> list[Text]:
 
 def state_text(view: RunView) -> Text:
     """Return the state, with the time left or taken."""
-    rest = ""
+    time_text = ""
     if view.state == "running" and view.seconds_left is not None:
-        rest = f", {duration(view.seconds_left)} left"
+        time_text = f", {duration(view.seconds_left)} left"
     elif view.state == "finished" and view.elapsed is not None:
-        rest = f" in {duration(view.elapsed)}"
-    return Text.assemble((view.state, STYLES[view.state]), rest)
+        time_text = f" in {duration(view.elapsed)}"
+    return Text.assemble((view.state, STYLES[view.state]), time_text)
 
 
 def _progress(view: RunView, size: Size) -> Text:
     step, total = view.step, view.total
-    said = f"step {step:,}" + (f"/{total:,}" if total else "")
+    step_text = f"step {step:,}" + (f"/{total:,}" if total else "")
     epoch, epochs = view.epoch
-    end = "" if epoch is None else f"epoch {epoch:.2f}" + (f" of {epochs:.3g}" if epochs is not None else "")
+    suffix = "" if epoch is None else f"epoch {epoch:.2f}" + (f" of {epochs:.3g}" if epochs is not None else "")
     if not total:
-        return Text(f"{said}  {end}")
-    end = f"{min(100, 100 * step // total)}%  {end}".rstrip()
-    available = max(4, min(60, size.width - len(said) - len(end) - 4))
-    return Text.assemble(f"{said}  ", bar(step / total, available, size), f"  {end}")
+        return Text(f"{step_text}  {suffix}")
+    suffix = f"{min(100, 100 * step // total)}%  {suffix}".rstrip()
+    available = max(4, min(60, size.width - len(step_text) - len(suffix) - 4))
+    return Text.assemble(f"{step_text}  ", bar(step / total, available, size), f"  {suffix}")
 
 
 def _progress_figures(view: RunView) -> list[str]:
     """Return speed, memory, learning rate, and elapsed time."""
-    found = []
+    figures = []
     speed = view.speed
     if speed is not None:
         rows = {
@@ -217,26 +217,26 @@ def _progress_figures(view: RunView) -> list[str]:
             "bco": "rows",
             "pmpo": "rows",
         }.get(view.method, "pairs")
-        found += [f"{speed.tokens:,.0f} tokens/s", f"{speed.trees:,.1f} {'prompts' if view.online else rows}/s"]
+        figures += [f"{speed.tokens:,.0f} tokens/s", f"{speed.trees:,.1f} {'prompts' if view.online else rows}/s"]
     if view.memory is not None:
-        found.append(f"peak {view.memory:.2f} GB")
+        figures.append(f"peak {view.memory:.2f} GB")
     rate = number(view.last.get("lr"))
     if rate is not None:
-        found.append(f"lr {rate:.1e}")
+        figures.append(f"lr {rate:.1e}")
     if view.state in ("running", "preparing") and view.elapsed is not None:
-        found.append(f"running for {duration(view.elapsed)}")
-    return found
+        figures.append(f"running for {duration(view.elapsed)}")
+    return figures
 
 
 def _flags(view: RunView, size: Size) -> list[Text]:
-    most = max(1, size.height // 12)
+    limit = max(1, size.height // 12)
     lines = []
-    for flag in view.flags[:most]:
+    for flag in view.flags[:limit]:
         style = "bold red" if flag.get("level") == "warning" else "yellow"
-        named, sentence = clean(flag.get("title") or flag.get("name") or "flag", 80), clean(flag.get("sentence", ""))
-        lines.append(fit(Text.assemble((f"! {named}: ", style), sentence), size.width))
-    if len(view.flags) > most:
-        lines.append(Text(f"! and {len(view.flags) - most} more in flags.json", "yellow"))
+        label, sentence = clean(flag.get("title") or flag.get("name") or "flag", 80), clean(flag.get("sentence", ""))
+        lines.append(fit(Text.assemble((f"! {label}: ", style), sentence), size.width))
+    if len(view.flags) > limit:
+        lines.append(Text(f"! and {len(view.flags) - limit} more in flags.json", "yellow"))
     return lines
 
 
@@ -246,18 +246,20 @@ def _flags(view: RunView, size: Size) -> list[Text]:
 def panels(view: RunView, size: Size) -> list[Text]:
     """Return as many panels as fit, most informative first."""
     keys = [(key, f"eval/{key}") for key in (ONLINE if view.online else OFFLINE)]
-    wanted = [(line, points) for line, points in keys if view.line.get(line) or view.points.get(points)]
-    panel_columns = min(len(wanted), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
-    if not wanted or size.height < PANEL_HEIGHT:
+    panel_keys = [(line, points) for line, points in keys if view.line.get(line) or view.points.get(points)]
+    panel_columns = min(len(panel_keys), max(1, (size.width + 2) // (PANEL_WIDTH + 2)))
+    if not panel_keys or size.height < PANEL_HEIGHT:
         return []
-    panel_rows = min(-(-len(wanted) // panel_columns), max(1, size.height // (PANEL_HEIGHT + 2)))
+    panel_rows = min(-(-len(panel_keys) // panel_columns), max(1, size.height // (PANEL_HEIGHT + 2)))
     height, width = (
         min(MAX_PANEL_HEIGHT, size.height // panel_rows),
         (size.width - 2 * (panel_columns - 1)) // panel_columns,
     )
     lines: list[Text] = []
     for i in range(panel_rows):
-        row = [_panel(view, *keys, width, height, size) for keys in wanted[i * panel_columns : (i + 1) * panel_columns]]
+        row = [
+            _panel(view, *keys, width, height, size) for keys in panel_keys[i * panel_columns : (i + 1) * panel_columns]
+        ]
         lines += [columns(cells, [width] * len(cells)) for cells in zip(*row, strict=True)]
     return lines
 
@@ -266,14 +268,14 @@ def _panel(view: RunView, key: str, held_out: str, width: int, height: int, size
     line, points = view.line.get(key, []), view.points.get(held_out, [])
     if view.online and key == "loss":
         points = []  # on held-out rows, loss is a different figure
-    trained = (f"  {format_figure(line[-1][1])}" if line else "", LINE)
-    words = [with_interval(points[-1].value, points[-1].interval), format_figure(points[-1].value)] if points else [""]
-    made = [
-        Text.assemble((METRICS[key].picture, "bold"), trained, (f"  {size.glyphs.point} {w}" if w else "", POINT))
-        for w in words
+    train_text = (f"  {format_figure(line[-1][1])}" if line else "", LINE)
+    values = [with_interval(points[-1].value, points[-1].interval), format_figure(points[-1].value)] if points else [""]
+    titles = [
+        Text.assemble((METRICS[key].picture, "bold"), train_text, (f"  {size.glyphs.point} {v}" if v else "", POINT))
+        for v in values
     ]
-    shown = next((t for t in made if t.cell_len <= width), made[-1])  # drop the interval if it does not fit
-    return [shown, *plot(line, points, width, height - 1, size.glyphs, view.step)]
+    top = next((t for t in titles if t.cell_len <= width), titles[-1])  # drop the interval if it does not fit
+    return [top, *plot(line, points, width, height - 1, size.glyphs, view.step)]
 
 
 # ---- the last evaluation beside the first, and sampled answers ----
@@ -286,22 +288,22 @@ def _table(view: RunView, size: Size) -> list[Text]:
         rows = [
             _held_out_row(view, f"eval/{k}", label) for k, label in keys if number(last.get(f"eval/{k}")) is not None
         ]
-        begin, end = (f"step {step_count(e.get('step')) or 0:,}" for e in (first, last))
-        held = step_count(last.get("rows", last.get("eval/rows")))
-        which = "held out" + (f", {counted(held, 'row')}" if held else "")
-        head = ("", begin, end, "change") if begin != end else ("", "", end, "")
+        first_step, last_step = (f"step {step_count(e.get('step')) or 0:,}" for e in (first, last))
+        row_count = step_count(last.get("rows", last.get("eval/rows")))
+        heading_text = "held out" + (f", {counted(row_count, 'row')}" if row_count else "")
+        head = ("", first_step, last_step, "change") if first_step != last_step else ("", "", last_step, "")
     else:
         rows = [
             (label, format_figure(e[0]), format_figure(e[1]), f"{e[1] - e[0]:+.4f}")
             for k, label in keys
             if (e := view.edges(k))
         ]
-        which, head = "training: mean of the first and of the last steps", ("", "first", "last", "change")
+        heading_text, head = "training: mean of the first and of the last steps", ("", "first", "last", "change")
     if not rows:
         return []
     widths = [max(len(r[i]) for r in (head, *rows)) for i in range(4)]
     lines = [("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip()) for r in (head, *rows)]
-    return [heading(which, size.width, size.glyphs), Text(lines[0], "dim"), *map(Text, lines[1:])]
+    return [heading(heading_text, size.width, size.glyphs), Text(lines[0], "dim"), *map(Text, lines[1:])]
 
 
 def _held_out_row(view: RunView, key: str, label: str) -> tuple[str, str, str, str]:
@@ -317,17 +319,17 @@ def _samples(view: RunView, size: Size) -> list[Text]:
     rows = view.samples
     if not rows or size.height < 3:
         return []
-    which = "last answers" if any("after" in r for r in rows) else "answers before training"
-    lines = [heading(which, size.width, size.glyphs)]
+    heading_text = "last answers" if any("after" in r for r in rows) else "answers before training"
+    lines = [heading(heading_text, size.width, size.glyphs)]
     parts = [("prompt", "prompt"), ("before", "before"), ("completion", "start"), ("after", "after")]
-    per = [[(label, clean(row[key])) for key, label in parts if isinstance(row.get(key), str)] for row in rows]
-    per = [p for p in per if p]
-    shown = max(1, (size.height - 1) // 4)
-    per = per[-shown:]
-    most = max(1, (size.height - 1) // max(1, sum(len(p) for p in per)))
-    for sample in per:
+    samples = [[(label, clean(row[key])) for key, label in parts if isinstance(row.get(key), str)] for row in rows]
+    samples = [p for p in samples if p]
+    sample_count = max(1, (size.height - 1) // 4)
+    samples = samples[-sample_count:]
+    lines_each = max(1, (size.height - 1) // max(1, sum(len(p) for p in samples)))
+    for sample in samples:
         for label, text in sample:
-            lines += wrap_labelled(label, text, size.width, most, LABEL_WIDTH)
+            lines += wrap_labelled(label, text, size.width, lines_each, LABEL_WIDTH)
     return lines[: size.height]
 
 
@@ -343,32 +345,32 @@ def group_frame(view: GroupView, size: Size) -> list[Text]:
     if not view.members:
         return crop_frame([*lines, Text("no run has begun", "dim")], size)
     lines.append(_counts(view))
-    rest = size.height - len(lines)
-    n = len(view.members) + 1
-    lines += _runs(view, size.with_height(rest if rest < n + 1 + PANEL_HEIGHT else n))
-    shown = _run_to_plot(view)
+    height_left = size.height - len(lines)
+    line_count = len(view.members) + 1
+    lines += _runs(view, size.with_height(height_left if height_left < line_count + 1 + PANEL_HEIGHT else line_count))
+    plotted = _run_to_plot(view)
     available = size.height - len(lines) - 1
-    if shown is not None and available >= PANEL_HEIGHT:
-        curves = panels(shown.view, size.with_height(available))
-        lines += [heading(shown.view.name, size.width, size.glyphs), *curves] if curves else []
+    if plotted is not None and available >= PANEL_HEIGHT:
+        curves = panels(plotted.view, size.with_height(available))
+        lines += [heading(plotted.view.name, size.width, size.glyphs), *curves] if curves else []
     return crop_frame(lines, size)
 
 
 def _group_state(view: GroupView) -> Text:
     if view.is_active:
-        left = view.seconds_left
-        upper = "at most " if view.about.get("halving") else ""
-        rest = f", {upper}{duration(left)} left" if left is not None else ""
-        return Text.assemble(("running", STYLES["running"]), rest)
-    done = bool(view.members) and all(m.ended for m in view.members)
-    return Text("finished", "bold") if done else Text("not running", STYLES["interrupted"])
+        seconds_left = view.seconds_left
+        prefix = "at most " if view.about.get("halving") else ""
+        time_left = f", {prefix}{duration(seconds_left)} left" if seconds_left is not None else ""
+        return Text.assemble(("running", STYLES["running"]), time_left)
+    all_ended = bool(view.members) and all(m.ended for m in view.members)
+    return Text("finished", "bold") if all_ended else Text("not running", STYLES["interrupted"])
 
 
 def _counts(view: GroupView) -> Text:
     counts = view.counts
-    said = [f"{counts[s]} {s}" for s in STATE_ORDER if s in counts]
+    parts = [f"{counts[s]} {s}" for s in STATE_ORDER if s in counts]
     n = len(view.members)
-    return Text(f"{n} run{'s' if n > 1 else ''}: {', '.join(said)}")
+    return Text(f"{n} run{'s' if n > 1 else ''}: {', '.join(parts)}")
 
 
 def _runs(view: GroupView, size: Size) -> list[Text]:
@@ -377,11 +379,11 @@ def _runs(view: GroupView, size: Size) -> list[Text]:
     available = size.height - 1
     if len(members) > available:
         ranked = sorted(members, key=lambda m: STATE_ORDER.index(m.state) if m.state in STATE_ORDER else 0)
-        kept = {id(m) for m in ranked[: max(0, available - 1)]}
-        members = [m for m in members if id(m) in kept]
+        kept_ids = {id(m) for m in ranked[: max(0, available - 1)]}
+        members = [m for m in members if id(m) in kept_ids]
     metrics = [m.metric(view.metric) for m in members]
     names = sorted({m.name for m in metrics if m is not None})
-    rows = [_row(m, found, size, mixed=len(names) > 1) for m, found in zip(members, metrics, strict=True)]
+    rows = [_row(m, metric, size, mixed=len(names) > 1) for m, metric in zip(members, metrics, strict=True)]
     words = ("run", "state", "steps", clean(names[0]) if len(names) == 1 else "metric", "")
     head = [Text(w, "dim") for w in words]
     widths = [max(r[i].cell_len for r in (head, *rows)) for i in range(4)]
@@ -397,23 +399,23 @@ def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list
     steps = Text(f"{step:,}" if step else "")
     if total:
         steps = Text.assemble(bar(step / total, BAR_WIDTH, size), f" {step:,}/{total:,}")
-    end, view, took = "", member.view, member.elapsed
+    note, view, elapsed = "", member.view, member.elapsed
     if member.state in ("stopped", "cut"):
-        end = member.why.removeprefix("stopped at ")
+        note = member.why.removeprefix("stopped at ")
     elif member.state == "running":
-        end = "" if view.seconds_left is None else f"{duration(view.seconds_left)} left"
-        end += "" if view.speed is None else f", {view.speed.tokens:,.0f} tokens/s"
-    elif member.state == "finished" and took is not None:
-        end = duration(took)
+        note = "" if view.seconds_left is None else f"{duration(view.seconds_left)} left"
+        note += "" if view.speed is None else f", {view.speed.tokens:,.0f} tokens/s"
+    elif member.state == "finished" and elapsed is not None:
+        note = duration(elapsed)
     value = "" if metric is None else with_interval(metric.value, metric.interval)
     if mixed and metric is not None:
         value += f" {metric.name}"
-    return [Text(view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(end)]
+    return [Text(view.name), Text(member.state, STYLES.get(member.state, "")), steps, Text(value), Text(note)]
 
 
 def _run_to_plot(view: GroupView) -> Member | None:
     """Return the run to plot: the first active one, else the last finished one, else the last one with figures, else None."""
     members = [m for m in view.members if m.view.last]
-    going = [m for m in members if m.state in OPEN_STATES]
-    done = [m for m in members if m.state == "finished"] or members
-    return going[0] if going else done[-1] if done else None
+    active = [m for m in members if m.state in OPEN_STATES]
+    finished = [m for m in members if m.state == "finished"] or members
+    return active[0] if active else finished[-1] if finished else None

@@ -24,20 +24,20 @@ LARGEST = 1e100  # differences of larger numbers may overflow
 
 def number(value: Any) -> float | None:
     """Return a number that can be drawn, or None for anything else found in a file."""
-    made = number_of(value)
-    return None if made is None or abs(made) >= LARGEST else made
+    parsed = number_of(value)
+    return None if parsed is None or abs(parsed) >= LARGEST else parsed
 
 
 def step_count(value: Any) -> int | None:
     """Return a step count, an integer of at least 0, or None."""
-    made = number(value)
-    return int(made) if made is not None and made >= 0 and made == int(made) else None
+    count = number(value)
+    return int(count) if count is not None and count >= 0 and count == int(count) else None
 
 
 def interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
     """Return (low, high) of a figure in a row, or None."""
-    found = ci_of(row, key)
-    return None if found is None or max(map(abs, found)) >= LARGEST else found
+    ci = ci_of(row, key)
+    return None if ci is None or max(map(abs, ci)) >= LARGEST else ci
 
 
 # ---- The state of one run, kept up to date from its folder; nothing is ever written there ----
@@ -93,13 +93,13 @@ class RunView:
     def refresh(self) -> None:
         """Read what is new."""
         files = self._files
-        anew, rows = files.metrics.read()
-        if anew:
+        rewritten, rows = files.metrics.read()
+        if rewritten:
             self._reset()
         for row in rows:
             self._add_row(row)
-        anew, rows = files.perf.read()
-        if anew:
+        rewritten, rows = files.perf.read()
+        if rewritten:
             self._perf.clear()
         for row in rows:
             self._add_speed(row)
@@ -121,10 +121,10 @@ class RunView:
             if value is None:
                 continue
             if kind == "train":
-                known = self.line.setdefault(key, [])
-                while known and known[-1][0] >= step:
-                    known.pop()
-                known.append((step, value))
+                curve = self.line.setdefault(key, [])
+                while curve and curve[-1][0] >= step:
+                    curve.pop()
+                curve.append((step, value))
             else:
                 self.points.setdefault(key, []).append(Point(step, value, interval(row, key)))
 
@@ -147,10 +147,10 @@ class RunView:
     @property
     def step(self) -> int:
         """Optimizer steps done, from metrics.jsonl (truncated when a run resumes) or, if that logs every n-th step only, perf.jsonl."""
-        logged = step_count(self.last.get("step")) or step_count(self.last_eval.get("step")) or 0
-        every = step_count(mapping(self.config.get("logging")).get("every")) or 1
-        timed = self._perf[-1][0] if self._perf else 0
-        return timed if logged <= timed < logged + every else logged
+        logged_step = step_count(self.last.get("step")) or step_count(self.last_eval.get("step")) or 0
+        log_interval = step_count(mapping(self.config.get("logging")).get("every")) or 1
+        timed_step = self._perf[-1][0] if self._perf else 0
+        return timed_step if logged_step <= timed_step < logged_step + log_interval else logged_step
 
     @property
     def _train(self) -> dict[str, Any]:
@@ -241,12 +241,12 @@ class RunView:
             if not isinstance(why, str):
                 batch = self.folder / f"stopped-batch-step-{self.manifest.get('steps')}.json"
                 why = CachedFile[Any](batch, json_object, {}).read().get("what")
-            known = isinstance(why, str)
-            return ("stopped", clean(why, 300)) if known else ("interrupted", "it ended before its last step")
+            has_reason = isinstance(why, str)
+            return ("stopped", clean(why, 300)) if has_reason else ("interrupted", "it ended before its last step")
         if status is None:
             return "interrupted", "it has no manifest.json" if self.step else "before its first step"
-        ended = "its process died without a message; " if status == "running" else ""
-        return "interrupted", f"{ended}run the same command to resume"
+        prefix = "its process died without a message; " if status == "running" else ""
+        return "interrupted", f"{prefix}run the same command to resume"
 
 
 # ---- Several runs: those of a sweep, a pipeline or a folder, or a list of runs ----
@@ -348,21 +348,21 @@ class GroupView:
 
     @property
     def metric(self) -> str | None:
-        found = self.about.get("metric") or mapping(self.record.get("table")).get("metric")
-        return found if isinstance(found, str) else None
+        name = self.about.get("metric") or mapping(self.record.get("table")).get("metric")
+        return name if isinstance(name, str) else None
 
     def refresh(self) -> None:
         """Read what is new in every run that has not ended."""
         if self._file is not None:
             self.record = self._file.read()
-        made = []
+        members = []
         for name, folder, record in self._member_folders():
             view = self._views.setdefault(folder, RunView(folder, name))
             member = Member(view, record)
             if not (member.ended and view.last):  # a run that has ended is read only once
                 view.refresh()
-            made.append(member)
-        self.members = made
+            members.append(member)
+        self.members = members
 
     def _member_folders(self) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
         if self.folder is None:
@@ -374,9 +374,8 @@ class GroupView:
             records = {k: v for k, v in records.items() if isinstance(v, dict)}
             names = [n for n in sequence(self.about.get("runs")) if isinstance(n, str)] or records
             for name in dict.fromkeys(names):
-                if (
-                    Path(name).name == name and name not in ("", "..") and "\0" not in name
-                ):  # no path that leads elsewhere
+                # no path that leads elsewhere
+                if Path(name).name == name and name not in ("", "..") and "\0" not in name:
                     yield clean(name, 200), self.folder / name, records.get(name, {})
 
     # ---- derived values -------------------------------------------------------------------------------------------
@@ -388,8 +387,8 @@ class GroupView:
     @property
     def is_active(self) -> bool:
         """True if a run is active, or if none is but the sweep's or pipeline's own process holds its lock."""
-        held = self._file is not None and lock_state(self._file.path.parent) == "held"
-        return held or any(m.state in OPEN_STATES for m in self.members)
+        locked = self._file is not None and lock_state(self._file.path.parent) == "held"
+        return locked or any(m.state in OPEN_STATES for m in self.members)
 
     @property
     def seconds_left(self) -> float | None:
@@ -409,14 +408,14 @@ class GroupView:
 
 def runs_below(folder: Path) -> list[Path]:
     """Return the run folders below a folder, sorted; the inside of a run is not searched."""
-    found: list[Path] = []
+    run_folders: list[Path] = []
     level = [folder]
     for _ in range(DEPTH):
-        below = [p for f in level for p in _folders(f)]
-        runs = [p for p in below if is_run(p)]
-        found += runs
-        level = [p for p in below if p not in runs]
-    return sorted(found)
+        subfolders = [p for f in level for p in _folders(f)]
+        runs = [p for p in subfolders if is_run(p)]
+        run_folders += runs
+        level = [p for p in subfolders if p not in runs]
+    return sorted(run_folders)
 
 
 def is_run(folder: Path) -> bool:

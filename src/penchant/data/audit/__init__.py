@@ -77,20 +77,20 @@ class Auditor:
         counters: Sequence[AuditCounter] = (),
         most: int | None = None,
     ) -> None:
-        self.shape, self.kind, self._most = shape, kind, most
+        self.shape, self.kind, self._max_reasons = shape, kind, most
         self.rows = self.examples = 0  # a row gives one example in most layouts
         self.places = Places()
         self.columns = columns or Columns()
         self.lengths = Lengths(kind)
         copies = ExactDuplicates(kind, self.places, people=shape == "studio")
-        self._own: list[MergeableCounter] = [copies, NearDuplicates(kind, self.places, copies)]
-        self._own += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
-        self._own += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
-        self._own += [Languages(self.columns)] if languages else []
-        self._own += [] if kind in ("prompts", "text") else [Refusals(kind)]
-        self._own += [Sensitive()]
-        self._parts: list[AuditCounter] = [*self._own, *counters]
-        self._aside = 0
+        self._builtin_counters: list[MergeableCounter] = [copies, NearDuplicates(kind, self.places, copies)]
+        self._builtin_counters += [Labels()] if kind == "unpaired" else [Scores()] if kind == "scored" else []
+        self._builtin_counters += [self.lengths, *([PositionBias(self.columns)] if kind == "pairs" else [])]
+        self._builtin_counters += [Languages(self.columns)] if languages else []
+        self._builtin_counters += [] if kind in ("prompts", "text") else [Refusals(kind)]
+        self._builtin_counters += [Sensitive()]
+        self._counters: list[AuditCounter] = [*self._builtin_counters, *counters]
+        self._n_quarantined = 0
         self._bad, self._left_out, self._identical, self._empty = self._tallies = Tally(), Tally(), Tally(), Tally()
         self._reasons: Counter[str] = Counter()
 
@@ -101,50 +101,50 @@ class Auditor:
         self.places.append(tree.source)
         if is_identical(tree):
             self._identical.add(tree.source)
-        for part in self._parts:
+        for part in self._counters:
             part.update(row)
 
     def merge(self, other: Auditor) -> None:
         """Add the counts of later rows, which must hold all reasons and languages."""
         self.rows += other.rows
         self.examples += other.examples
-        self._aside += other._aside
+        self._n_quarantined += other._n_quarantined
         self.places.merge(other.places)
         self.columns.merge(other.columns)
         add_capped(self._reasons, other._reasons, REASONS)
-        for mine, theirs in zip(self._own, other._own, strict=True):
-            mine.merge(theirs)
-        for tally, more in zip(self._tallies, other._tallies, strict=True):
-            tally.merge(more)
+        for counter, other_counter in zip(self._builtin_counters, other._builtin_counters, strict=True):
+            counter.merge(other_counter)
+        for tally, other_tally in zip(self._tallies, other._tallies, strict=True):
+            tally.merge(other_tally)
 
     def add_quarantined(self, row: Quarantined) -> None:
         """Count a row that was kept aside."""
-        self._aside += 1
+        self._n_quarantined += 1
         (self._left_out if row.how.startswith(NOTHING_WRONG) else self._bad).add(row.where)
-        add_capped(self._reasons, {row.what: 1}, self._most or REASONS)
+        add_capped(self._reasons, {row.what: 1}, self._max_reasons or REASONS)
         if row.what.startswith(IDENTICAL):
             self._identical.add(row.where)
         if is_empty(row):
             self._empty.add(row.where)
 
-    def result(self, more: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
-        """All findings, followed by `more`."""
-        total = self.rows + self._aside
-        found = {
+    def result(self, extra: Mapping[str, Finding], lengths: Mapping[str, Mapping[str, float]], layout: str) -> Audit:
+        """All findings, followed by `extra`."""
+        total = self.rows + self._n_quarantined
+        findings = {
             "bad_rows": self._bad.finding("rows kept aside, all reasons", total),
             "left_out": self._left_out.finding("rows left out, with which nothing is wrong", total),
             "identical_pairs": self._identical.finding(IDENTICAL, total),
             "empty_completions": self._empty.finding("empty completions or prompts", total),
         }
-        for part in self._parts:
-            found |= dict(part.findings())
-        said = summary_of(self.shape, self.rows, self._reasons, self._aside, self.examples)
-        return Audit(said, {**found, **more}, lengths, self.lengths.table(), layout)
+        for counter in self._counters:
+            findings |= dict(counter.findings())
+        summary = summary_of(self.shape, self.rows, self._reasons, self._n_quarantined, self.examples)
+        return Audit(summary, {**findings, **extra}, lengths, self.lengths.table(), layout)
 
 
 def is_empty(row: Quarantined) -> bool:
     """Whether a row was kept aside for an empty prompt or answer."""
-    return any(said in row.what for said in ("is empty", "empty answer", "has no content"))
+    return any(phrase in row.what for phrase in ("is empty", "empty answer", "has no content"))
 
 
 LEAKAGE_ADVICE = "figures on such rows are optimistic: penchant data fix IN OUT --drop leakage --against THE_OTHER_FILE"
@@ -159,11 +159,11 @@ class Leakage:
         self._index, self._places = NearIndex(), Places()
         self._split = array("h")
 
-    def update(self, split: int, tree: PromptTree) -> None:
-        """Count a row of the split with this index."""
+    def update(self, split_index: int, tree: PromptTree) -> None:
+        """Count a row of the split."""
         self._index.add([prompt_text(tree.prompt) or first_text(tree)])  # plain texts are keyed by themselves
         self._places.append(tree.source)
-        self._split.append(split)
+        self._split.append(split_index)
 
     def merge(self, other: Leakage) -> None:
         """Append the rows of another one."""
@@ -171,31 +171,31 @@ class Leakage:
         self._places.merge(other._places)
         self._split.extend(other._split)
 
-    def leaked_rows(self, split: int) -> np.ndarray:
+    def leaked_rows(self, split_index: int) -> np.ndarray:
         """(n,) bool: rows of this split whose prompt, or nearly the same one, is in another split."""
-        of, groups = np.array(self._split), self._index.groups()
-        return (of == split) & np.isin(groups, groups[of != split])
+        splits, groups = np.array(self._split), self._index.groups()
+        return (splits == split_index) & np.isin(groups, groups[splits != split_index])
 
     def findings(self) -> Named:
         """``leakage_A_B`` and ``near_leakage_A_B`` for each pair of splits."""
-        split = np.array(self._split)
+        splits = np.array(self._split)
         exact, near = self._index.exact_ids(), self._index.groups()
         for i, a in enumerate(self.names):
             for j, b in enumerate(self.names[i + 1 :], i + 1):
-                name, of = f"{a}_{b}".replace(" ", "_"), int((split == j).sum())
-                same = _first_match(exact, split == i, split == j)
-                alike = np.where(same < 0, _first_match(near, split == i, split == j), -1)
-                for kind, title, first in (
-                    ("leakage", f"leakage: prompts of {b} that are also in {a}", same),
-                    ("near_leakage", f"near leakage: prompts of {b} that are nearly equal to one in {a}", alike),
+                name, total = f"{a}_{b}".replace(" ", "_"), int((splits == j).sum())
+                exact_matches = _first_match(exact, splits == i, splits == j)
+                near_matches = np.where(exact_matches < 0, _first_match(near, splits == i, splits == j), -1)
+                for kind, title, matches in (
+                    ("leakage", f"leakage: prompts of {b} that are also in {a}", exact_matches),
+                    ("near_leakage", f"near leakage: prompts of {b} that are nearly equal to one in {a}", near_matches),
                 ):
-                    yield f"{kind}_{name}", linked_rows_finding(title, first, self._places, "as", self.advice, of)
+                    yield f"{kind}_{name}", linked_rows_finding(title, matches, self._places, "as", self.advice, total)
 
 
-def _first_match(ids: np.ndarray, there: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each wanted row the first row `there` with the same id; -1 if there is none, and for other rows."""
-    rows = np.append(np.flatnonzero(there), -1)  # the last one stands for none
-    return np.where(wanted, rows[first_index(ids[rows[:-1]], ids)], -1)
+def _first_match(ids: np.ndarray, is_candidate: np.ndarray, is_query: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each row of `is_query` the first row of `is_candidate` with the same id; -1 if none, and for other rows."""
+    rows = np.append(np.flatnonzero(is_candidate), -1)  # the last one stands for none
+    return np.where(is_query, rows[first_index(ids[rows[:-1]], ids)], -1)
 
 
 def audit(
@@ -218,24 +218,24 @@ def audit(
     """
     columns = dataset.columns
     auditor = Auditor(dataset.shape, dataset.kind, columns=columns, languages=languages, counters=counters)
-    for made in _count_parts(
+    for tree_or_counts in _count_parts(
         dataset.trees, partial(_StoredRowsTask, shape=dataset.shape, kind=dataset.kind, languages=languages), workers
     ):
-        if isinstance(made, PromptTree):
-            auditor.update(made)
+        if isinstance(tree_or_counts, PromptTree):
+            auditor.update(tree_or_counts)
         else:
-            auditor.merge(made)
+            auditor.merge(tree_or_counts)
     auditor.rows = dataset.accepted
-    for aside in dataset.quarantined:
-        auditor.add_quarantined(aside)
-    one_file = sum(part.accepted for part in (splits or {}).values()) == dataset.accepted
+    for row in dataset.quarantined:
+        auditor.add_quarantined(row)
+    one_file = sum(split.accepted for split in (splits or {}).values()) == dataset.accepted
     leakage = Leakage(list(splits or ()), ONE_FILE_ADVICE if one_file else LEAKAGE_ADVICE)
-    for i, part in enumerate((splits or {}).values()):
-        for made in _count_parts(part.trees, partial(_StoredRowsTask, split=i), workers):
-            if isinstance(made, PromptTree):
-                leakage.update(i, made)
+    for i, split in enumerate((splits or {}).values()):
+        for tree_or_counts in _count_parts(split.trees, partial(_StoredRowsTask, split=i), workers):
+            if isinstance(tree_or_counts, PromptTree):
+                leakage.update(i, tree_or_counts)
             else:
-                leakage.merge(made)
+                leakage.merge(tree_or_counts)
     findings, lengths = dict(leakage.findings()), {}
     if tokenized is not None:
         findings, lengths = findings | _truncation(tokenized), _token_lengths(tokenized)
@@ -255,9 +255,9 @@ class _StoredRowsTask:
     def run(self) -> Auditor | Leakage:
         auditor = Auditor(self.shape, self.kind, languages=self.languages, most=sys.maxsize)
         leakage = Leakage([])
-        take = auditor.update if self.split < 0 else partial(leakage.update, self.split)
+        update = auditor.update if self.split < 0 else partial(leakage.update, self.split)
         for tree in self.rows.open():
-            take(tree)
+            update(tree)
         return auditor if self.split < 0 else leakage
 
 
@@ -279,17 +279,17 @@ class _AuditPass:
     first: Quarantined | None = None  # first row kept aside
     most: int | None = None
 
-    def take(self, split: int, rows: Iterable[Converted]) -> None:
-        for made in rows:
-            self.auditor.columns.update(made.source, self.most or LANGUAGES)
-            self.auditor.rows += made.rows if made.trees else 0
-            for tree in made.trees:
+    def take(self, split_index: int, rows: Iterable[Converted]) -> None:
+        for converted in rows:
+            self.auditor.columns.update(converted.source, self.most or LANGUAGES)
+            self.auditor.rows += converted.rows if converted.trees else 0
+            for tree in converted.trees:
                 self.auditor.update(tree)
                 if self.leakage is not None:
-                    self.leakage.update(split, tree)
-            for aside in made.aside:
-                self.auditor.add_quarantined(aside)
-                self.first = self.first or aside
+                    self.leakage.update(split_index, tree)
+            for row in converted.aside:
+                self.auditor.add_quarantined(row)
+                self.first = self.first or row
 
     def merge(self, other: _AuditPass) -> None:
         self.auditor.merge(other.auditor)
@@ -312,9 +312,9 @@ class _ShardTask:
 
     def run(self) -> _AuditPass:
         auditor = Auditor(self.how.shape, self.kind, languages=self.languages, most=sys.maxsize)
-        made = _AuditPass(auditor, Leakage(self.names) if len(self.names) > 1 else None, most=sys.maxsize)
-        made.take(self.split, self.how.convert(read_shard(self.shard, self.bounds)))
-        return made
+        audit_pass = _AuditPass(auditor, Leakage(self.names) if len(self.names) > 1 else None, most=sys.maxsize)
+        audit_pass.take(self.split, self.how.convert(read_shard(self.shard, self.bounds)))
+        return audit_pass
 
 
 def audit_files(
@@ -347,69 +347,69 @@ def audit_files(
             raise DataError(name, what, "audit them one by one, or set the shape")
     shape = next(iter(streams.values())).shape
     auditor = Auditor(shape, kinds[0], languages=languages, counters=counters)
-    whole = _AuditPass(auditor, Leakage(list(splits)) if len(splits) > 1 else None)
+    audit_pass = _AuditPass(auditor, Leakage(list(splits)) if len(splits) > 1 else None)
     shards = [shards_of(splits[n], bounds) if s.splittable and not counters else [] for n, s in streams.items()]
-    many = number_of(workers, sum(map(len, shards)) if all(shards) else 1)
-    if many > 1:
-        parts = (
+    processes = number_of(workers, sum(map(len, shards)) if all(shards) else 1)
+    if processes > 1:
+        tasks = (
             _ShardTask(shard, bounds, stream.how, kinds[0], i, tuple(splits), languages)
             for i, stream in enumerate(streams.values())
             for shard in shards[i]
         )
-        for made in in_order(_ShardTask.run, parts, RAY if workers == RAY else many):
-            whole.merge(made)
+        for part in in_order(_ShardTask.run, tasks, RAY if workers == RAY else processes):
+            audit_pass.merge(part)
     else:
         for i, stream in enumerate(streams.values()):
-            whole.take(i, stream)
+            audit_pass.take(i, stream)
     if not auditor.examples:
-        first = whole.first
-        at, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits), "no rows", "")
-        raise DataError(at, f"{what}; no row could be used", fix or "give files with rows")
-    leakage = whole.leakage or Leakage(list(splits))
+        first = audit_pass.first
+        where, what, fix = (first.where, first.what, first.how) if first else (", ".join(splits), "no rows", "")
+        raise DataError(where, f"{what}; no row could be used", fix or "give files with rows")
+    leakage = audit_pass.leakage or Leakage(list(splits))
     layouts = [layout_line(stream, splits[name]) for name, stream in streams.items()]
     return auditor.result(dict(leakage.findings()), {}, "\n".join(layouts))
 
 
 def split_names(paths: Iterable[str]) -> dict[str, str]:
     """Files as splits, each named after its file, with a number if two have the same name."""
-    named: dict[str, str] = {}
+    path_by_name: dict[str, str] = {}
     for path in paths:
         base = path.replace("\\", "/").rsplit("/", 1)[-1]
         name, number = base, 2
-        while name in named:
+        while name in path_by_name:
             name, number = f"{base} ({number})", number + 1
-        named[name] = path
-    return named
+        path_by_name[name] = path
+    return path_by_name
 
 
 def _truncation(tokenized: TokenizedDataset) -> dict[str, Finding]:
-    bad = tuple(q.where for q in tokenized.quarantined)
+    bad_rows = tuple(q.where for q in tokenized.quarantined)
     identical = tuple(q.where for q in tokenized.quarantined if q.what.startswith(IDENTICAL))
-    cut = tuple(dict.fromkeys((*tokenized.cut_prompts, *tokenized.cut_completions)))
-    found = {
-        "cut_rows": ("rows cut to max_length, at either end", cut),
+    cut_rows = tuple(dict.fromkeys((*tokenized.cut_prompts, *tokenized.cut_completions)))
+    checks = {
+        "cut_rows": ("rows cut to max_length, at either end", cut_rows),
         "cut_prompts": ("prompts that lost their start to max_length", tokenized.cut_prompts),
         "cut_completions": ("rows with a cut completion (its EOS is gone)", tokenized.cut_completions),
         "identical_after_cut": ("pairs that became equal in tokens", identical),
-        "bad_after_tokenising": ("rows kept aside when tokenizing", bad),
+        "bad_after_tokenising": ("rows kept aside when tokenizing", bad_rows),
     }
-    return {name: Finding(title, len(where), tokenized.total, where) for name, (title, where) in found.items()}
+    return {name: Finding(title, len(where), tokenized.total, where) for name, (title, where) in checks.items()}
 
 
 def _token_lengths(tokenized: TokenizedDataset) -> dict[str, dict[str, float]]:
-    found = {}
+    lengths = {}
     for name, values in _columns(tokenized.trees).items():
-        middle = {f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 95, 99)}
-        found[name] = {"mean": float(np.mean(values)), **middle, "max": float(np.max(values))}
-    return found
+        percentiles = {f"p{q}": float(np.percentile(values, q)) for q in (5, 50, 95, 99)}
+        lengths[name] = {"mean": float(np.mean(values)), **percentiles, "max": float(np.max(values))}
+    return lengths
 
 
 def _columns(trees: Sequence[TokenTree]) -> Mapping[str, np.ndarray]:
     """Token counts of prompts, chosen and rejected answers of pairs, and other completions; the first tree's kind comes first."""
     parts, lengths = part_lengths(trees)
     starts = np.cumsum(parts) - parts
-    pairs, other = starts[parts == 3], parts != 3
-    found = {"prompt": lengths[starts], "chosen": lengths[pairs + 1], "rejected": lengths[pairs + 2]}
-    found["completion"] = lengths[ranges(starts[other] + 1, parts[other] - 1)]
-    first = ["prompt", "completion"] if len(parts) and parts[0] != 3 else []
-    return {name: found[name] for name in dict.fromkeys((*first, *found)) if len(found[name])}
+    pair_starts, not_pairs = starts[parts == 3], parts != 3
+    columns = {"prompt": lengths[starts], "chosen": lengths[pair_starts + 1], "rejected": lengths[pair_starts + 2]}
+    columns["completion"] = lengths[ranges(starts[not_pairs] + 1, parts[not_pairs] - 1)]
+    leading = ["prompt", "completion"] if len(parts) and parts[0] != 3 else []
+    return {name: columns[name] for name in dict.fromkeys((*leading, *columns)) if len(columns[name])}

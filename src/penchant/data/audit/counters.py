@@ -47,23 +47,23 @@ class MergeableCounter(AuditCounter):
 
     def merge(self, other: Any) -> None:
         """Add the counts of another counter of this kind over the rows after these."""
-        for name, theirs in vars(other).items():
-            setattr(self, name, merge_counts(getattr(self, name), theirs))
+        for name, count in vars(other).items():
+            setattr(self, name, merge_counts(getattr(self, name), count))
 
 
-def merge_counts(mine: Any, theirs: Any) -> Any:
+def merge_counts(counts: Any, other: Any) -> Any:
     """Merge two counts: add numbers and counters, append containers of rows, and keep texts, which are equal."""
-    if isinstance(mine, (int, Counter)) and not isinstance(mine, bool):
-        return mine + theirs
-    if isinstance(mine, dict):
-        return {**mine, **{k: merge_counts(mine[k], v) if k in mine else v for k, v in theirs.items()}}
-    if isinstance(mine, list):
-        return [merge_counts(a, b) for a, b in zip(mine, theirs, strict=True)]
-    if isinstance(mine, array):
-        mine.extend(theirs)
-    elif isinstance(mine, (Tally, NearIndex)):
-        mine.merge(theirs)
-    return mine
+    if isinstance(counts, (int, Counter)) and not isinstance(counts, bool):
+        return counts + other
+    if isinstance(counts, dict):
+        return {**counts, **{k: merge_counts(counts[k], v) if k in counts else v for k, v in other.items()}}
+    if isinstance(counts, list):
+        return [merge_counts(a, b) for a, b in zip(counts, other, strict=True)]
+    if isinstance(counts, array):
+        counts.extend(other)
+    elif isinstance(counts, (Tally, NearIndex)):
+        counts.merge(other)
+    return counts
 
 
 def text_key(*texts: str) -> int:
@@ -72,18 +72,18 @@ def text_key(*texts: str) -> int:
 
 
 def linked_rows_finding(
-    title: str, other: np.ndarray, places: Places, joined: str = "", advice: str = "", of: int = -1
+    title: str, linked_rows: np.ndarray, places: Places, relation: str = "", advice: str = "", total: int = -1
 ) -> Finding:
     """A finding about the rows that are linked to another row.
 
     Args:
-        other: (n,) int64: the row that each row is linked to, -1 if none.
-        joined: the word between the two places; empty: show only the row's own. of: number of rows examined (default: n).
+        linked_rows: (n,) int64: the row that each row is linked to, -1 if none.
+        relation: the word between the two places; empty: show only the row's own. total: number of rows examined (default: n).
     """
-    rows = np.flatnonzero(other >= 0)
-    pairs = ((places[i], places[int(other[i])]) for i in rows[:KEPT].tolist())
-    where = tuple(f"{one} ({joined} {another})" if joined else one for one, another in pairs)
-    return Finding(title, len(rows), len(other) if of < 0 else of, where, advice=advice)
+    rows = np.flatnonzero(linked_rows >= 0)
+    pairs = ((places[i], places[int(linked_rows[i])]) for i in rows[:KEPT].tolist())
+    where = tuple(f"{place} ({relation} {other_place})" if relation else place for place, other_place in pairs)
+    return Finding(title, len(rows), len(linked_rows) if total < 0 else total, where, advice=advice)
 
 
 # ---- Copies ----
@@ -100,7 +100,7 @@ class ExactDuplicates(MergeableCounter):
 
     def __init__(self, kind: str, places: Places, people: bool = False) -> None:
         self.kind, self.places, self.people = kind, places, people
-        self._row, self._there, self._back = array("Q"), array("Q"), array("Q")
+        self._row, self._content_keys, self._swapped_keys = array("Q"), array("Q"), array("Q")
         self._label, self._owner = array("b"), array("q")  # of each labeled answer: good or bad, and its row
 
     def update(self, row: RowView) -> None:
@@ -108,17 +108,17 @@ class ExactDuplicates(MergeableCounter):
         self._row.append(text_key(row.prompt, *(f"{c.whole}\0{c.label}\0{c.score}" for c in row.tree.completions)))
         if self.kind == "pairs":
             a, b = row.texts[:2]
-            self._there.append(text_key(row.prompt, a, b))
-            self._back.append(text_key(row.prompt, b, a) if a != b else 0)
+            self._content_keys.append(text_key(row.prompt, a, b))
+            self._swapped_keys.append(text_key(row.prompt, b, a) if a != b else 0)
         elif self.kind == "unpaired":
             for answer in row.tree.completions:
-                self._there.append(text_key(row.prompt, answer.whole))
+                self._content_keys.append(text_key(row.prompt, answer.whole))
                 self._label.append(-1 if answer.label is None else int(answer.label))
                 self._owner.append(len(self._row) - 1)
 
     def merge(self, other: ExactDuplicates) -> None:
-        behind = len(self._row)
-        other._owner = array("q", (np.array(other._owner) + behind).tobytes())
+        offset = len(self._row)
+        other._owner = array("q", (np.array(other._owner) + offset).tobytes())
         super().merge(other)
 
     def duplicates(self) -> np.ndarray:
@@ -127,13 +127,13 @@ class ExactDuplicates(MergeableCounter):
 
     def contradicted_rows(self) -> np.ndarray:
         """(n,) int64: the first earlier row that contradicts each row, -1 if there is none."""
-        there, found = np.array(self._there), np.full(len(self._row), -1)
+        keys, contradicted = np.array(self._content_keys), np.full(len(self._row), -1)
         if self.kind == "pairs":
-            return earlier_match(there, np.array(self._back))
-        first, owner = first_occurrence(there), np.array(self._owner)
+            return earlier_match(keys, np.array(self._swapped_keys))
+        first, owner = first_occurrence(keys), np.array(self._owner)
         for answer in self._contradicting(first)[::-1]:  # the first of a row's answers is written last
-            found[owner[answer]] = owner[first[answer]]
-        return found
+            contradicted[owner[answer]] = owner[first[answer]]
+        return contradicted
 
     def _contradicting(self, first: np.ndarray) -> np.ndarray:
         """Indices of answers whose label differs from that of the first equal answer."""
@@ -143,12 +143,14 @@ class ExactDuplicates(MergeableCounter):
     def contradictory(self) -> np.ndarray:
         """(n,) bool: rows that some row, earlier or later, contradicts."""
         if self.kind == "pairs":
-            return np.isin(np.array(self._back), np.array(self._there))  # 0 stands for a pair of equal answers
-        found = np.zeros(len(self._row), bool)
+            return np.isin(
+                np.array(self._swapped_keys), np.array(self._content_keys)
+            )  # 0 stands for a pair of equal answers
+        contradicted = np.zeros(len(self._row), bool)
         if self.kind == "unpaired":
-            first, owner = first_occurrence(np.array(self._there)), np.array(self._owner)
-            found[owner[np.isin(first, first[self._contradicting(first)])]] = True
-        return found
+            first, owner = first_occurrence(np.array(self._content_keys)), np.array(self._owner)
+            contradicted[owner[np.isin(first, first[self._contradicting(first)])]] = True
+        return contradicted
 
     def findings(self) -> Named:
         first, rows = self.duplicates(), np.arange(len(self._row))
@@ -167,17 +169,19 @@ class ExactDuplicates(MergeableCounter):
         title = "exact duplicates of an earlier row"
         yield "duplicates", linked_rows_finding(title, copies, self.places, "as", "drop them: data fix")
         if self.kind in ("pairs", "unpaired"):
-            what = "the same pair the other way round" if self.kind == "pairs" else "one answer labeled good and bad"
-            advice = "look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing"
-            found = linked_rows_finding(
-                f"contradictions: {what}", self.contradicted_rows(), self.places, "against", advice
+            contradiction = (
+                "the same pair the other way round" if self.kind == "pairs" else "one answer labeled good and bad"
             )
-            yield "contradictions", found
+            advice = "look at both and drop the wrong one; many mean noisy labels: a loss with label smoothing"
+            finding = linked_rows_finding(
+                f"contradictions: {contradiction}", self.contradicted_rows(), self.places, "against", advice
+            )
+            yield "contradictions", finding
 
 
-def earlier_match(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """(n,) int64: for each row the first row before it whose key is the wanted one, -1 if there is none."""
-    first = first_index(keys, wanted)
+def earlier_match(keys: np.ndarray, wanted_keys: np.ndarray) -> np.ndarray:
+    """(n,) int64: for each row the first row before it whose key is `wanted_keys` of the row, -1 if there is none."""
+    first = first_index(keys, wanted_keys)
     return np.where(first < np.arange(len(keys)), first, -1)
 
 
@@ -198,8 +202,8 @@ class NearDuplicates(MergeableCounter):
         self._ends.append(len(self._answers))
 
     def merge(self, other: NearDuplicates) -> None:
-        behind = len(self._answers)
-        other._ends = array("q", (np.array(other._ends) + behind).tobytes())
+        offset = len(self._answers)
+        other._ends = array("q", (np.array(other._ends) + offset).tobytes())
         super().merge(other)
 
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
@@ -209,11 +213,11 @@ class NearDuplicates(MergeableCounter):
         ends = np.array(self._ends)
         starts = np.r_[0, ends][:-1]
         width = int((ends - starts).max(initial=0))
-        out = np.full((len(ends), width), -1, dtype=np.int64)
+        padded = np.full((len(ends), width), -1, dtype=np.int64)
         for j in range(width):
-            has = starts + j < ends
-            out[has, j] = answers[starts[has] + j]
-        return prompts, out
+            present = starts + j < ends
+            padded[present, j] = answers[starts[present] + j]
+        return prompts, padded
 
     def rows(self) -> dict[str, np.ndarray]:
         """By finding: (n,) int64, the row that each row is linked to, -1 if none."""
@@ -221,18 +225,18 @@ class NearDuplicates(MergeableCounter):
         n = len(prompts)
         rows = np.arange(n)
         # the others are counted as exact
-        whole = (self.copies.duplicates() == rows) & (self.copies.contradicted_rows() < 0)
+        not_exact = (self.copies.duplicates() == rows) & (self.copies.contradicted_rows() < 0)
         first = first_occurrence(_hash_columns(prompts, *answers.T))
-        found = {"near_duplicates": np.where((first != rows) & whole, first, -1)}
+        links = {"near_duplicates": np.where((first != rows) & not_exact, first, -1)}
         if self.kind == "pairs" and n:
             good, bad = answers[:, 0], answers[:, 1]
-            other = earlier_match(_hash_columns(prompts, good, bad), _hash_columns(prompts, bad, good))
-            found["near_contradictions"] = np.where((good != bad) & whole, other, -1)
-            found["near_identical"] = np.where(good == bad, rows, -1)
-            found["cycles"] = np.where(
+            contradicted = earlier_match(_hash_columns(prompts, good, bad), _hash_columns(prompts, bad, good))
+            links["near_contradictions"] = np.where((good != bad) & not_exact, contradicted, -1)
+            links["near_identical"] = np.where(good == bad, rows, -1)
+            links["cycles"] = np.where(
                 edges_in_cycles(_hash_columns(prompts, good), _hash_columns(prompts, bad)), rows, -1
             )
-        return found
+        return links
 
     def contradictory(self) -> np.ndarray:
         """(n,) bool: pairs that some row, earlier or later, nearly or exactly contradicts."""
@@ -243,9 +247,9 @@ class NearDuplicates(MergeableCounter):
         return (good != bad) & np.isin(_hash_columns(prompts, good, bad), _hash_columns(prompts, bad, good))
 
     def findings(self) -> Named:
-        for name, other in self.rows().items():
+        for name, linked in self.rows().items():
             title, joined, advice = NEAR_FINDINGS[name]
-            yield name, linked_rows_finding(title, other, self.places, joined, advice)
+            yield name, linked_rows_finding(title, linked, self.places, joined, advice)
 
 
 NEAR_FINDINGS = {  # title, what joins the two places, advice
@@ -264,43 +268,45 @@ NEAR_FINDINGS = {  # title, what joins the two places, advice
 
 def _hash_columns(*columns: np.ndarray) -> np.ndarray:
     """A 64-bit hash of each row of several columns."""
-    out = np.zeros(len(columns[0]), np.uint64)
+    hashes = np.zeros(len(columns[0]), np.uint64)
     for column in columns:
-        out = (out ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-        out ^= out >> np.uint64(29)
-    return out
+        hashes = (hashes ^ column.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
 
 
 def edges_in_cycles(winners: np.ndarray, losers: np.ndarray) -> np.ndarray:
     """(n,) bool: edges winner -> loser inside a strongly connected component of at least three answers."""
     from networkx import DiGraph, strongly_connected_components
 
-    found = np.zeros(len(winners), bool)
-    some = np.flatnonzero((winners != losers) & _isin(winners, losers) & _isin(losers, winners))
-    nodes, members = np.unique(np.concatenate([winners[some], losers[some]]), return_inverse=True)
-    a, b = members[: len(some)], members[len(some) :]
-    left = a != b
-    while left.any():  # edges without a successor or a predecessor are on no cycle
-        out, into = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
-        out[a[left]], into[b[left]] = True, True
-        keep = left & out[b] & into[a]
-        if (keep == left).all():
+    in_cycle = np.zeros(len(winners), bool)
+    candidates = np.flatnonzero((winners != losers) & _isin(winners, losers) & _isin(losers, winners))
+    nodes, members = np.unique(np.concatenate([winners[candidates], losers[candidates]]), return_inverse=True)
+    a, b = members[: len(candidates)], members[len(candidates) :]
+    remaining = a != b
+    while remaining.any():  # edges without a successor or a predecessor are on no cycle
+        has_successor, has_predecessor = np.zeros(len(nodes), bool), np.zeros(len(nodes), bool)
+        has_successor[a[remaining]], has_predecessor[b[remaining]] = True, True
+        keep = remaining & has_successor[b] & has_predecessor[a]
+        if (keep == remaining).all():
             break
-        left = keep
-    edges = np.flatnonzero(left)
+        remaining = keep
+    edges = np.flatnonzero(remaining)
     ends = list(zip(a[edges].tolist(), b[edges].tolist(), strict=True))
-    parts = strongly_connected_components(DiGraph(ends))
-    part = {node: i for i, nodes in enumerate(parts) if len(nodes) >= 3 for node in nodes}
-    found[some[edges]] = [one in part and part[one] == part.get(other) for one, other in ends]
-    return found
+    components = strongly_connected_components(DiGraph(ends))
+    component_of = {node: i for i, nodes in enumerate(components) if len(nodes) >= 3 for node in nodes}
+    in_cycle[candidates[edges]] = [
+        winner in component_of and component_of[winner] == component_of.get(loser) for winner, loser in ends
+    ]
+    return in_cycle
 
 
 def _isin(values: np.ndarray, others: np.ndarray) -> np.ndarray:
     """(n,) bool: like `np.isin(values, others)`, which would hold several copies of both."""
-    known = np.sort(others)
-    at = np.searchsorted(known, values)
-    at[at == len(known)] = 0
-    return known[at] == values if len(known) else np.zeros(len(values), bool)
+    sorted_others = np.sort(others)
+    index = np.searchsorted(sorted_others, values)
+    index[index == len(sorted_others)] = 0
+    return sorted_others[index] == values if len(sorted_others) else np.zeros(len(values), bool)
 
 
 # ---- Answers ----
@@ -321,9 +327,9 @@ class Lengths(MergeableCounter):
         for name, text in zip(names, row.texts, strict=False):
             self._count(name, len(text))
         if self.kind == "pairs":
-            longer = len(row.texts[0]) - len(row.texts[1])
-            self.longer += longer > 0
-            self.differing += longer != 0
+            difference = len(row.texts[0]) - len(row.texts[1])
+            self.longer += difference > 0
+            self.differing += difference != 0
 
     def _count(self, name: str, length: int) -> None:
         self.histograms.setdefault(name, Counter())[length] += 1
@@ -400,16 +406,16 @@ class Refusals(MergeableCounter):
 
     def update(self, row: RowView) -> None:
         for i, text in enumerate(row.texts):
-            at = min(i, len(self.names) - 1)
-            self.of[at] += 1
+            slot = min(i, len(self.names) - 1)
+            self.of[slot] += 1
             if refuses(text):
-                self.tallies[at].add(row.where)
+                self.tallies[slot].add(row.where)
 
     def findings(self) -> Named:
-        for name, tally, of in zip(self.names, self.tallies, self.of, strict=True):
+        for name, tally, total in zip(self.names, self.tallies, self.of, strict=True):
             title = f"{name or 'answers'} {'answers ' if name else ''}that begin like a refusal (phrase match)"
             advice = "look at some: too many chosen ones teach over-refusal" if name != "rejected" else ""
-            yield f"refusals_{name}" if name else "refusals", tally.finding(title, of, advice=advice)
+            yield f"refusals_{name}" if name else "refusals", tally.finding(title, total, advice=advice)
 
 
 ADVICE = {
@@ -448,10 +454,13 @@ class PositionBias(MergeableCounter):
         """Do nothing: columns are counted when rows are read."""
 
     def findings(self) -> Named:
-        title, said = "position bias: the answer shown first wins", self.columns
-        if said.decided:
+        title, columns = "position bias: the answer shown first wins", self.columns
+        if columns.decided:
             advice = "far from 50%: the raters looked at the order"
-            yield "position_bias", balance_finding(title, said.first, said.decided, ", ".join(said.layouts), advice)
+            yield (
+                "position_bias",
+                balance_finding(title, columns.first, columns.decided, ", ".join(columns.layouts), advice),
+            )
         else:
             note = "not known: the rows do not say which answer was shown first"
             yield "position_bias", Finding(title, 0, 0, (), note)
@@ -502,9 +511,9 @@ class RewardDisagreement:
         self._flush()
         margins = np.array(self._margins)
         decided = margins[margins != 0]
-        against = decided[decided < 0]
+        disagreeing = decided[decided < 0]
         scale = calibrate(decided)
-        sure = int((-scale * against > np.log(SURE / (1 - SURE))).sum())
+        sure = int((-scale * disagreeing > np.log(SURE / (1 - SURE))).sum())
         places = tuple(where for _, _, where in sorted(self._worst, reverse=True))
         note = f"not counting {len(margins) - len(decided):,} ties; " if len(margins) > len(decided) else ""
         note += f"in {sure:,} of them it is at least {SURE:.0%} sure (margins times {scale:.3g})"
@@ -512,7 +521,7 @@ class RewardDisagreement:
         title, advice = f"label noise: {self.name} prefers the rejected answer", "look at the first of these places"
         yield (
             "reward_disagreement",
-            estimated_finding(title, len(against), len(decided), note, where=places, advice=advice),
+            estimated_finding(title, len(disagreeing), len(decided), note, where=places, advice=advice),
         )
 
 
@@ -548,9 +557,9 @@ class TextCheck:
         self._bools = True
 
     def update(self, row: RowView) -> None:
-        for what, text in [("prompt", row.prompt), *((f"answer {i}", t) for i, t in enumerate(row.texts, 1))]:
+        for part, text in [("prompt", row.prompt), *((f"answer {i}", t) for i, t in enumerate(row.texts, 1))]:
             self._texts.append(text)
-            self._places.append(f"{row.where} ({what})")
+            self._places.append(f"{row.where} ({part})")
         if len(self._texts) >= BATCH:
             self._flush()
 
@@ -584,7 +593,7 @@ def _call_check(name: str, function: TextFunction, texts: list[str]) -> np.ndarr
         how = "it gets a list of texts and returns a bool or a number of each"
         raise DataError(f"check {name}", what, how) from error
     if values.shape != (len(texts),) or not np.isfinite(values).all():
-        many = f"returned {values.size} values for {len(texts)} texts"
-        what = many if values.size != len(texts) else "returned NaN or infinity"
+        mismatch = f"returned {values.size} values for {len(texts)} texts"
+        what = mismatch if values.size != len(texts) else "returned NaN or infinity"
         raise DataError(f"check {name}", what, "return one finite number or bool for each text, in order")
     return values

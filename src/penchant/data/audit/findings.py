@@ -44,14 +44,14 @@ class Finding:
         """Whether there is something to look at: rows that should not exist, or a share with advice."""
         return bool(self.count and (self.advice or self.where))
 
-    def lines(self, most: int) -> list[str]:
-        """The finding as text, with at most `most` places."""
+    def lines(self, max_places: int) -> list[str]:
+        """The finding as text, with at most `max_places` places."""
         share = f"({self.share:.1%})" if self.of else ""
-        made = [f"{self.title:<58} {self.count:>7,} of {self.of:>7,} {share:>8}  {self.note}".rstrip()]
+        lines = [f"{self.title:<58} {self.count:>7,} of {self.of:>7,} {share:>8}  {self.note}".rstrip()]
         if self.where:
-            more = f" and {self.count - most:,} more" if self.count > most else ""
-            made.append("    " + ", ".join(self.where[:most]) + more)
-        return made + ([f"    -> {self.advice}"] if self.count and self.advice else [])
+            more = f" and {self.count - max_places:,} more" if self.count > max_places else ""
+            lines.append("    " + ", ".join(self.where[:max_places]) + more)
+        return lines + ([f"    -> {self.advice}"] if self.count and self.advice else [])
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class Audit:
         Args:
             places: most places listed per finding (`KEPT` are kept).
         """
-        found = {
+        findings = {
             name: {
                 **asdict(f),
                 "share": f.share,
@@ -79,7 +79,7 @@ class Audit:
             }
             for name, f in self.findings.items()
         }
-        return {"layout": self.layout, "summary": self.summary, **asdict(self), "findings": found}
+        return {"layout": self.layout, "summary": self.summary, **asdict(self), "findings": findings}
 
     def to_text(self, whole: bool = False) -> str:
         """The findings by share, largest first, then a line of checks that found nothing; `whole`: every count."""
@@ -88,13 +88,13 @@ class Audit:
             for f in self.findings.values():
                 lines += f.lines(SHOWN)
             return "\n".join(printable(line) for line in [*lines, *self._lengths()])
-        found = {name: f for name, f in self.findings.items() if f.is_notable}
-        for f in sorted(found.values(), key=lambda f: -f.share):
+        notable = {name: f for name, f in self.findings.items() if f.is_notable}
+        for f in sorted(notable.values(), key=lambda f: -f.share):
             lines += f.lines(FEW_SHOWN)
-        fine = [name.replace("_", " ") for name, f in self.findings.items() if f.of and name not in found]
-        fine = [words.replace("tokenising", "tokenizing") for words in fine]  # an old name in audit.json
-        lines += [""] * bool(found) + [
-            f"{'Also checked, nothing found' if found else 'Checked, nothing found'}: {', '.join(fine)}."
+        clean = [name.replace("_", " ") for name, f in self.findings.items() if f.of and name not in notable]
+        clean = [words.replace("tokenising", "tokenizing") for words in clean]  # an old name in audit.json
+        lines += [""] * bool(notable) + [
+            f"{'Also checked, nothing found' if notable else 'Checked, nothing found'}: {', '.join(clean)}."
         ]
         return "\n".join(printable(line) for line in [*lines, "Every count, with lengths and more places: --all"])
 
@@ -104,25 +104,27 @@ class Audit:
             if table:
                 names = list(next(iter(table.values())))
                 lines += ["", f"{unit:<24}" + "".join(f"{n:>9}" for n in names)]
-                lines += [f"{what:<24}" + "".join(f"{v:>9,.0f}" for v in q.values()) for what, q in table.items()]
+                lines += [
+                    f"{name:<24}" + "".join(f"{v:>9,.0f}" for v in figures.values()) for name, figures in table.items()
+                ]
         return lines
 
 
-def estimated_finding(title: str, count: int, of: int, note: str = "", **more: Any) -> Finding:
+def estimated_finding(title: str, count: int, total: int, note: str = "", **more: Any) -> Finding:
     """A finding whose share is an estimate, with its 95% interval in the note."""
-    if not of:
+    if not total:
         return Finding(title, 0, 0, note=note, **more)
-    low, high = wilson_interval(count, of)
-    said = f"95% interval [{low:.1%}, {high:.1%}]"
-    return Finding(title, count, of, note=said + (f", {note}" if note else ""), interval=(low, high), **more)
+    low, high = wilson_interval(count, total)
+    interval = f"95% interval [{low:.1%}, {high:.1%}]"
+    return Finding(title, count, total, note=interval + (f", {note}" if note else ""), interval=(low, high), **more)
 
 
-def balance_finding(title: str, count: int, of: int, note: str, advice: str) -> Finding:
+def balance_finding(title: str, count: int, total: int, note: str, advice: str) -> Finding:
     """`estimated_finding`, with advice only if the share is at least `FAR` from one half and its interval excludes one half."""
-    found = estimated_finding(title, count, of, note)
-    low, high = found.interval or (0.0, 1.0)
-    far = not low <= 0.5 <= high and abs(found.share - 0.5) >= FAR
-    return replace(found, advice=advice) if far else found
+    finding = estimated_finding(title, count, total, note)
+    low, high = finding.interval or (0.0, 1.0)
+    far = not low <= 0.5 <= high and abs(finding.share - 0.5) >= FAR
+    return replace(finding, advice=advice) if far else finding
 
 
 class Tally:
@@ -144,9 +146,9 @@ class Tally:
         self.count += other.count
         self.where += other.where[: KEPT - len(self.where)]
 
-    def finding(self, title: str, of: int, note: str = "", advice: str = "") -> Finding:
+    def finding(self, title: str, total: int, note: str = "", advice: str = "") -> Finding:
         """The tally as a finding."""
-        return Finding(title, self.count, of, tuple(self.where), note, advice=advice)
+        return Finding(title, self.count, total, tuple(self.where), note, advice=advice)
 
 
 class Places:
@@ -165,22 +167,22 @@ class Places:
         digits = place[len(prefix) :]
         if not digits.isascii() or not digits or digits[0] == "0" or len(digits) > 18:
             prefix, digits = place, "-1"  # not a number that can be written back the same
-        at = self._prefixes.get(prefix)
-        if at is None:
-            at = self._prefixes[prefix] = len(self._names)
+        index = self._prefixes.get(prefix)
+        if index is None:
+            index = self._prefixes[prefix] = len(self._names)
             self._names.append(prefix)
-        self._prefix.append(at)
+        self._prefix.append(index)
         self._line.append(int(digits))
 
     def merge(self, other: Places) -> None:
         """Append the places of later rows."""
-        known = [self._prefixes.setdefault(name, len(self._prefixes)) for name in other._names]
+        indices = [self._prefixes.setdefault(name, len(self._prefixes)) for name in other._names]
         self._names = list(self._prefixes)
-        self._prefix.frombytes(np.array(known, np.int32)[np.array(other._prefix)].tobytes() if known else b"")
+        self._prefix.frombytes(np.array(indices, np.int32)[np.array(other._prefix)].tobytes() if indices else b"")
         self._line.extend(other._line)
 
-    def __getitem__(self, at: int) -> str:
-        name, line = self._names[self._prefix[at]], self._line[at]
+    def __getitem__(self, index: int) -> str:
+        name, line = self._names[self._prefix[index]], self._line[index]
         return name if line < 0 else f"{name}{line}"
 
 
@@ -188,15 +190,15 @@ def quantiles(histogram: Mapping[int, int]) -> dict[str, float]:
     """Mean, percentiles and maximum of whole numbers, exactly as numpy gives them for the numbers themselves."""
     values = np.array(sorted(histogram), dtype=np.int64)
     counts = np.array([histogram[int(v)] for v in values], dtype=np.int64)
-    n, upto = int(counts.sum()), np.cumsum(counts)
+    n, cumulative = int(counts.sum()), np.cumsum(counts)
 
-    def at(rank: float) -> float:
+    def value_at(rank: float) -> float:
         low, high = int(np.floor(rank)), int(np.ceil(rank))
-        a, b = (float(values[np.searchsorted(upto, i, side="right")]) for i in (low, high))
+        a, b = (float(values[np.searchsorted(cumulative, i, side="right")]) for i in (low, high))
         return a + (b - a) * (rank - low)
 
     return {
         "mean": float((values * counts).sum() / n),
-        **{f"p{q}": at((n - 1) * q / 100) for q in (5, 50, 95, 99)},
+        **{f"p{q}": value_at((n - 1) * q / 100) for q in (5, 50, 95, 99)},
         "max": float(values[-1]),
     }

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from penchant.base.files import written_aside
+from penchant.base.files import atomic_path
 from penchant.base.processes import RAY, Workers, in_order, number_of
 from penchant.base.text import counted
 from penchant.data.audit import Leakage, is_empty, sensitive
@@ -67,17 +67,17 @@ class Fixed:
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON-able mapping."""
-        found = {n: getattr(self, n) for n in ("rows", "written", "changed", "edited")}
-        found |= {n: dict(getattr(self, n)) for n in ("dropped", "redacted")}
-        found |= {n: str(getattr(self, n)) for n in ("output", "touched")}
-        return {**found, "drop": list(self.rules), "redact": list(self.redact)}
+        values = {n: getattr(self, n) for n in ("rows", "written", "changed", "edited")}
+        values |= {n: dict(getattr(self, n)) for n in ("dropped", "redacted")}
+        values |= {n: str(getattr(self, n)) for n in ("output", "touched")}
+        return {**values, "drop": list(self.rules), "redact": list(self.redact)}
 
     def to_text(self) -> str:
         """The result for a terminal."""
-        gone = sum(self.dropped.values())
+        dropped = sum(self.dropped.values())
         lines = [*self.notes, f"dropping: {', '.join(self.rules)}; redacting: {', '.join(self.redact) or 'nothing'}"]
-        stay = f"{self.written:,} written ({self.changed + self.edited:,} of them changed)"
-        lines.append(f"{counted(self.rows, 'row')} = {stay} + {gone:,} dropped")
+        written = f"{self.written:,} written ({self.changed + self.edited:,} of them changed)"
+        lines.append(f"{counted(self.rows, 'row')} = {written} + {dropped:,} dropped")
         lines += [f"  {count:>9,}  {RULE_TITLES[rule]}" for rule, count in self.dropped.items() if count]
         lines += [f"  {self.edited:>9,}  rows that a person changed"] * bool(self.edited)
         lines += [f"  {count:>9,}  {sensitive.TITLES[kind]} masked" for kind, count in self.redacted.items()]
@@ -99,7 +99,7 @@ def read_edits(path: str | Path) -> dict[str, Edit]:
     Raises:
         DataError: the file cannot be read.
     """
-    found: dict[str, Edit] = {}
+    edits: dict[str, Edit] = {}
     try:
         with Path(path).expanduser().open("rb") as stream:
             lines = [*json_lines(Source(stream, str(path), Bounds()))]
@@ -109,11 +109,11 @@ def read_edits(path: str | Path) -> dict[str, Edit]:
         row = line.values if isinstance(line, Row) else {}  # half a line, if the studio was killed
         where, action, values = str(row.get("where")), row.get("action"), row.get("row")
         if action in ("changed", "dropped"):
-            kept = (values if isinstance(values, Mapping) else {}) if action == "changed" else None
-            found[where] = Edit(kept, str(row.get("was") or ""))
+            new_values = (values if isinstance(values, Mapping) else {}) if action == "changed" else None
+            edits[where] = Edit(new_values, str(row.get("was") or ""))
         else:
-            found.pop(where, None)
-    return found
+            edits.pop(where, None)
+    return edits
 
 
 def content_sum(values: Mapping[str, Any]) -> str:
@@ -151,27 +151,27 @@ def fix(
     target, notes = _target(source, Path(output).expanduser(), [source, *against], overwrite)
     touched = target.with_name(target.name + ".touched.jsonl")
     reading: dict[str, Any] = {"shape": shape, "columns": columns, "identical": "keep"}
-    why = _decide(source, rules, against, reading, workers)
+    reasons_by_row = _decide(source, rules, against, reading, workers)
     dropped: Counter[str] = Counter(dict.fromkeys(rules, 0))
     redacted: Counter[str] = Counter()
     rows = written = changed = edited = 0
-    left = dict(edits or {})
+    pending = dict(edits or {})
     stream = stream_preferences(source, **reading)  # raises for an unreadable file before anything is written
     with ExitStack() as stack:
         schema_of = Path(source).expanduser() if target.suffix == ".parquet" else None
         write = stack.enter_context(_replacing_writer(target, schema_of))
-        tell = stack.enter_context(_replacing_writer(touched))
-        for made, reasons in zip(stream, why, strict=True):
-            (row,) = made.source
+        write_touched = stack.enter_context(_replacing_writer(touched))
+        for converted, reasons in zip(stream, reasons_by_row, strict=True):
+            (row,) = converted.source
             rows += 1
-            edit = left.pop(row.where, None)
+            edit = pending.pop(row.where, None)
             if edit is not None:
                 if not isinstance(row, Row) or content_sum(row.values) != edit.was:
                     raise DataError(row.where, "was edited, and is another row now", EDIT_AGAIN)
                 reasons = () if edit.values is not None else (BY_HAND,)
             if reasons:
                 dropped[reasons[0]] += 1
-                tell(_touched_row(row, "dropped", reasons))
+                write_touched(_touched_row(row, "dropped", reasons))
                 continue
             assert isinstance(row, Row)
             values: Any = row.values if edit is None or edit.values is None else edit.values
@@ -181,16 +181,16 @@ def fix(
             written += 1
             if edit is not None:
                 edited += 1
-                tell(_touched_row(row, "changed", (BY_HAND,)) | {"line": written})
+                write_touched(_touched_row(row, "changed", (BY_HAND,)) | {"line": written})
             if counts:
                 changed += 1
                 redacted += counts
-                tell({"where": row.where, "action": "changed", "masked": dict(counts), "line": written})
+                write_touched({"where": row.where, "action": "changed", "masked": dict(counts), "line": written})
             write(values)
         if rows != written + dropped.total():
             raise AssertionError(f"{rows} rows != {written} written + {dropped.total()} dropped")
-        if left:
-            raise DataError(min(left), "was edited, and no longer exists", EDIT_AGAIN)
+        if pending:
+            raise DataError(min(pending), "was edited, and no longer exists", EDIT_AGAIN)
         if not written:
             raise DataError(source, "no row would be left", "drop less: --keep RULE")
     return Fixed(rows, written, dropped, changed, redacted, target, touched, rules, tuple(redact), edited, notes)
@@ -223,21 +223,21 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
     files = [Path(i).expanduser() for i in inputs]
     touched = target.with_name(target.name + ".touched.jsonl")
     for file in files:
-        for made in (target, touched):
-            if made.resolve() == file.resolve() or (made.exists() and file.exists() and made.samefile(file)):
+        for path in (target, touched):
+            if path.resolve() == file.resolve() or (path.exists() and file.exists() and path.samefile(file)):
                 raise DataError(str(target), "is an input", "give another name; the input is never written to")
-    for made in (target, touched):
-        if made.exists() and not overwrite:
-            raise DataError(str(made), "already exists", "give another name, or --overwrite")
+    for path in (target, touched):
+        if path.exists() and not overwrite:
+            raise DataError(str(path), "already exists", "give another name, or --overwrite")
     parquet = source.lower().endswith(".parquet")
-    wanted = (".parquet",) if parquet else JSONL
-    if not target.name.lower().endswith(wanted):
+    endings = (".parquet",) if parquet else JSONL
+    if not target.name.lower().endswith(endings):
         kind = "Parquet" if parquet else "JSONL"
-        raise DataError(str(target), f"the copy is {kind}", f"name it {target.stem}{wanted[0]}")
+        raise DataError(str(target), f"the copy is {kind}", f"name it {target.stem}{endings[0]}")
     if not target.parent.is_dir():
         raise DataError(str(target), "its folder does not exist", f"mkdir -p {target.parent}")
-    same = parquet or source.lower().endswith((*JSONL, ".ndjson", ".ndjson.gz"))
-    return target, () if same else (f"{source} becomes JSONL",)
+    same_format = parquet or source.lower().endswith((*JSONL, ".ndjson", ".ndjson.gz"))
+    return target, () if same_format else (f"{source} becomes JSONL",)
 
 
 # ---- Which rows are dropped ----
@@ -245,8 +245,8 @@ def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -
 
 def _prepare_advice(source: str, shape: str, columns: Mapping[str, str]) -> str:
     """Advice on how to make a file that can be fixed, with one example per row."""
-    named = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
-    command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{named} --split 1,0,0"
+    column_options = "".join(f" --column {shlex.quote(f'{ours}={yours}')}" for ours, yours in columns.items())
+    command = f"penchant data get mine --from {shlex.quote(source)} --layout {shape}{column_options} --split 1,0,0"
     return f"write one example per row first: {command}"
 
 
@@ -257,43 +257,45 @@ class _RowMarks:
         first: advice for a layout that cannot be fixed, see `_prepare_advice`.
     """
 
-    def __init__(self, how: ConversionSettings, kind: str, rules: Sequence[str], first: str) -> None:
-        self.how, self.rules, self.first = how, rules, first
+    def __init__(self, settings: ConversionSettings, kind: str, rules: Sequence[str], first: str) -> None:
+        self.how, self.rules, self.first = settings, rules, first
         self.flags = array("H")  # a bit per rule, by its index in RULES
         self.accepted = array("q")  # indices of the rows that gave a tree
         places = Places()
         self.copies = ExactDuplicates(kind, places)
-        of_near = {"near_duplicates", "near_contradictions", "cycles"} & set(rules)
-        self.near = NearDuplicates(kind, places, self.copies) if of_near else None
+        near_rules = {"near_duplicates", "near_contradictions", "cycles"} & set(rules)
+        self.near = NearDuplicates(kind, places, self.copies) if near_rules else None
         self.leakage = Leakage(["others", "this"]) if "leakage" in rules else None
 
     def take(self, rows: Iterable[Converted]) -> None:
         """Check more rows."""
         groups = tuple(g for g in sensitive.GROUPS if g in self.rules)
-        for made in rows:
-            (row,) = made.source
-            if len(made.trees) > 1:
+        for converted in rows:
+            (row,) = converted.source
+            if len(converted.trees) > 1:
                 raise DataError(row.where, f"a row of the layout {self.how.shape} gives several examples", self.first)
             mark = 0
-            if made.trees:
-                (result,) = made.trees
-                view = RowView(len(self.accepted), result)
-                if is_identical(result):
+            if converted.trees:
+                (tree,) = converted.trees
+                view = RowView(len(self.accepted), tree)
+                if is_identical(tree):
                     mark |= BIT["identical"]
                 self.copies.update(view)
                 if self.near is not None:
                     self.near.update(view)
                 if self.leakage is not None:
-                    self.leakage.update(1, result)
+                    self.leakage.update(1, tree)
                 self.accepted.append(len(self.flags))
-            elif not made.left_out:  # a row that an option leaves out of training is valid
-                bad = made.aside[0]
-                of_row = "identical" if bad.what.startswith(IDENTICAL) else "empty" if is_empty(bad) else "bad_rows"
-                mark |= BIT[of_row if isinstance(row, Row) else "unreadable"]
+            elif not converted.left_out:  # a row that an option leaves out of training is valid
+                bad_row = converted.aside[0]
+                rule = (
+                    "identical" if bad_row.what.startswith(IDENTICAL) else "empty" if is_empty(bad_row) else "bad_rows"
+                )
+                mark |= BIT[rule if isinstance(row, Row) else "unreadable"]
             if groups and isinstance(row, Row):
-                found: Counter[str] = Counter()
-                masked(row.values, groups, found)
-                mark |= sum(BIT[g] for g in groups if found.keys() & set(sensitive.GROUPS[g]))
+                counts: Counter[str] = Counter()
+                masked(row.values, groups, counts)
+                mark |= sum(BIT[g] for g in groups if counts.keys() & set(sensitive.GROUPS[g]))
             self.flags.append(mark)
 
     def merge(self, other: _RowMarks) -> None:
@@ -301,16 +303,16 @@ class _RowMarks:
         self.accepted.frombytes((np.array(other.accepted, np.int64) + len(self.flags)).tobytes())
         self.flags.extend(other.flags)
         self.copies.merge(other.copies)
-        for mine, theirs in ((self.near, other.near), (self.leakage, other.leakage)):
-            if mine is not None:
-                mine.merge(theirs)  # type: ignore[arg-type]
+        for counter, other_counter in ((self.near, other.near), (self.leakage, other.leakage)):
+            if counter is not None:
+                counter.merge(other_counter)  # type: ignore[arg-type]
 
     def by_row(self) -> Iterator[tuple[str, ...]]:
         """Yield the rules that drop each row, in order of precedence."""
         marks = np.array(self.flags, dtype=np.uint16)
-        at = np.array(self.accepted, dtype=np.int64)
-        for rule, which in _by_rule(self.copies, self.near, self.leakage, self.rules).items():
-            marks[at[which]] |= BIT[rule]
+        accepted = np.array(self.accepted, dtype=np.int64)
+        for rule, dropped in _by_rule(self.copies, self.near, self.leakage, self.rules).items():
+            marks[accepted[dropped]] |= BIT[rule]
         active = sum(BIT[r] for r in self.rules)
         for mark in (marks & active).tolist():
             yield tuple(rule for rule in self.rules if mark & BIT[rule]) if mark else ()
@@ -334,27 +336,27 @@ def _decide(
 ) -> Iterator[tuple[str, ...]]:
     """For each row of the file, in order, the rules that drop it; one pass over the file."""
     stream = stream_preferences(source, **reading)
-    first = _prepare_advice(source, stream.shape, reading.get("columns") or {})
+    advice = _prepare_advice(source, stream.shape, reading.get("columns") or {})
     if stream.grouped:
-        raise DataError(source, f"rows of the layout {stream.shape} make examples together", first)
+        raise DataError(source, f"rows of the layout {stream.shape} make examples together", advice)
 
-    def empty() -> _RowMarks:
-        return _RowMarks(stream.how, stream.kind, rules, first)
+    def empty_marks() -> _RowMarks:
+        return _RowMarks(stream.how, stream.kind, rules, advice)
 
-    whole, bounds = empty(), BOUNDS.get() or Bounds()
-    if whole.leakage is not None:
-        for made in stream_preferences(list(against), **reading):
-            for tree in made.trees:
-                whole.leakage.update(0, tree)
+    marks, bounds = empty_marks(), BOUNDS.get() or Bounds()
+    if marks.leakage is not None:
+        for converted in stream_preferences(list(against), **reading):
+            for tree in converted.trees:
+                marks.leakage.update(0, tree)
     shards = shards_of(source, bounds) if stream.splittable else []
-    many = number_of(workers, len(shards))
-    if many > 1:
-        parts = (_ShardTask(shard, bounds, empty()) for shard in shards)
-        for marks in in_order(_ShardTask.run, parts, RAY if workers == RAY else many):
-            whole.merge(marks)
+    processes = number_of(workers, len(shards))
+    if processes > 1:
+        tasks = (_ShardTask(shard, bounds, empty_marks()) for shard in shards)
+        for part in in_order(_ShardTask.run, tasks, RAY if workers == RAY else processes):
+            marks.merge(part)
     else:
-        whole.take(stream)
-    return whole.by_row()
+        marks.take(stream)
+    return marks.by_row()
 
 
 def _by_rule(
@@ -362,14 +364,14 @@ def _by_rule(
 ) -> dict[str, np.ndarray]:
     """By rule, (n,) bool: the accepted rows that it drops."""
     first = copies.duplicates()
-    found = {"duplicates": first != np.arange(len(first)), "contradictions": copies.contradictory()}
+    masks = {"duplicates": first != np.arange(len(first)), "contradictions": copies.contradictory()}
     if near is not None:
         rows = near.rows()
-        found |= {name: rows[name] >= 0 for name in ("near_duplicates", "cycles") if name in rows}
-        found["near_contradictions"] = near.contradictory()
+        masks |= {name: rows[name] >= 0 for name in ("near_duplicates", "cycles") if name in rows}
+        masks["near_contradictions"] = near.contradictory()
     if leakage is not None:
-        found["leakage"] = leakage.leaked_rows(1)[-len(first) :]
-    return {rule: which for rule, which in found.items() if rule in rules}
+        masks["leakage"] = leakage.leaked_rows(1)[-len(first) :]
+    return {rule: mask for rule, mask in masks.items() if rule in rules}
 
 
 # ---- Masking ----
@@ -378,8 +380,8 @@ def _by_rule(
 def masked(value: Any, groups: Collection[str], counts: Counter[str]) -> Any:
     """The value with personal data or secrets masked in all its texts; the number of each kind is added to `counts`."""
     if isinstance(value, str):
-        text, found = sensitive.redact(value, groups)
-        counts.update(found)
+        text, kinds = sensitive.redact(value, groups)
+        counts.update(kinds)
         return text
     if isinstance(value, Mapping):
         return {k: masked(v, groups, counts) for k, v in value.items()}
@@ -390,9 +392,9 @@ def masked(value: Any, groups: Collection[str], counts: Counter[str]) -> Any:
 
 def _touched_row(row: Row | BadRow, action: str, reasons: Sequence[str]) -> dict[str, Any]:
     raw = row.raw if isinstance(row, BadRow) else row.values
-    shown = masked(raw, tuple(sensitive.GROUPS), Counter())
-    told = {"where": row.where, "action": action, "rule": reasons[0], "also": list(reasons[1:]), "row": shown}
-    return told | ({"what": row.what} if isinstance(row, BadRow) else {})
+    masked_row = masked(raw, tuple(sensitive.GROUPS), Counter())
+    entry = {"where": row.where, "action": action, "rule": reasons[0], "also": list(reasons[1:]), "row": masked_row}
+    return entry | ({"what": row.what} if isinstance(row, BadRow) else {})
 
 
 # ---- Writing ----
@@ -408,12 +410,12 @@ def _replacing_writer(target: Path, schema_of: Path | None = None) -> Iterator[W
     Args:
         schema_of: the Parquet file whose schema a Parquet copy gets; None: JSONL, gzipped if the target's name ends in .gz.
     """
-    with written_aside(target) as aside:
+    with atomic_path(target) as temporary:
         if schema_of is not None:
-            with _parquet(aside, schema_of) as write:
+            with _parquet(temporary, schema_of) as write:
                 yield write
         else:
-            with (gzip.open if target.suffix == ".gz" else open)(aside, "wb") as out:
+            with (gzip.open if target.suffix == ".gz" else open)(temporary, "wb") as out:
                 yield lambda values: out.write(json_line(values))
 
 
@@ -423,17 +425,17 @@ def _parquet(path: Path, schema_of: Path) -> Iterator[Write]:
     import pyarrow.parquet as pq
 
     schema = pq.read_schema(schema_of)
-    waiting: list[Mapping[str, Any]] = []
+    batch: list[Mapping[str, Any]] = []
     with pq.ParquetWriter(path, schema) as out:
 
         def flush() -> None:
-            if waiting:
-                out.write_table(pa.Table.from_pylist(waiting, schema=schema))
-                waiting.clear()
+            if batch:
+                out.write_table(pa.Table.from_pylist(batch, schema=schema))
+                batch.clear()
 
         def write(values: Mapping[str, Any]) -> None:
-            waiting.append(values)
-            if len(waiting) >= 1024:
+            batch.append(values)
+            if len(batch) >= 1024:
                 flush()
 
         yield write
@@ -447,8 +449,8 @@ def default_rules(drop: Sequence[str] = (), keep: Sequence[str] = ()) -> tuple[s
         DataError: a rule is unknown, in both, or cannot be kept.
     """
     _check_rules([*drop, *keep], "data fix")
-    both = sorted(set(drop) & set(keep)) or sorted({ALWAYS} & set(keep))
-    if both:
-        how = "such rows cannot be written" if ALWAYS in both else "drop it or keep it"
-        raise DataError("data fix", f"{both[0]} cannot be kept", how)
+    conflicts = sorted(set(drop) & set(keep)) or sorted({ALWAYS} & set(keep))
+    if conflicts:
+        how = "such rows cannot be written" if ALWAYS in conflicts else "drop it or keep it"
+        raise DataError("data fix", f"{conflicts[0]} cannot be kept", how)
     return tuple(rule for rule in RULES if (rule in DEFAULT or rule in drop) and rule not in keep)

@@ -44,21 +44,21 @@ class Languages(MergeableCounter):
         self.columns = columns
 
     def update(self, row: RowView) -> None:
-        drawn = -text_hash(row.where)  # the same rows each time, in any order of reading
-        if len(self._heap) < SAMPLE or drawn > self._heap[0][0]:
-            self._offer((drawn, (*row.texts, row.prompt)[0][:1000]))
+        draw = -text_hash(row.where)  # the same rows each time, in any order of reading
+        if len(self._heap) < SAMPLE or draw > self._heap[0][0]:
+            self._offer((draw, (*row.texts, row.prompt)[0][:1000]))
 
-    def _offer(self, drawn: tuple[int, str]) -> None:
-        (heapq.heappush if len(self._heap) < SAMPLE else heapq.heappushpop)(self._heap, drawn)
+    def _offer(self, sample: tuple[int, str]) -> None:
+        (heapq.heappush if len(self._heap) < SAMPLE else heapq.heappushpop)(self._heap, sample)
 
     def merge(self, other: Languages) -> None:
-        for drawn in other._heap:
-            self._offer(drawn)
+        for draw in other._heap:
+            self._offer(draw)
 
     def findings(self) -> Named:
-        said = self.columns.languages
-        if said:
-            yield "languages", _finding(said, said.total(), "as the rows say")
+        languages = self.columns.languages
+        if languages:
+            yield "languages", _finding(languages, languages.total(), "as the rows say")
         elif guesser() is None:
             yield "languages", Finding(TITLE, 0, 0, (), "not known: pip install 'penchant[languages]'")
         else:
@@ -69,9 +69,9 @@ class Languages(MergeableCounter):
             )
 
 
-def _finding(counts: Counter[str], of: int, how: str, guessed: bool = False) -> Finding:
-    shown = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))[:SHOWN]
-    names = ", ".join(f"{name} {n / of:.1%}" for name, n in shown) if of else "none"
+def _finding(counts: Counter[str], total: int, how: str, guessed: bool = False) -> Finding:
+    top = sorted(counts.items(), key=lambda kv: (-kv[1], kv[0]))[:SHOWN]
+    names = ", ".join(f"{name} {n / total:.1%}" for name, n in top) if total else "none"
     note = f"{how}: {names}"
-    most = shown[0][1] if shown else 0
-    return estimated_finding(TITLE, most, of, note) if guessed else Finding(TITLE, most, of, (), note)
+    top_count = top[0][1] if top else 0
+    return estimated_finding(TITLE, top_count, total, note) if guessed else Finding(TITLE, top_count, total, (), note)

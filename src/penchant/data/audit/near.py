@@ -60,9 +60,9 @@ class NearIndex:
     def add(self, texts: Iterable[str]) -> None:
         """Add more texts."""
         for text in texts:
-            plain = normalize(text)
-            self._waiting.append(plain)
-            self._characters += len(plain)
+            normalized = normalize(text)
+            self._waiting.append(normalized)
+            self._characters += len(normalized)
             self._count += 1
             if len(self._waiting) >= BATCH_TEXTS or self._characters >= BATCH_CHARACTERS:
                 self._flush()
@@ -75,25 +75,25 @@ class NearIndex:
     def groups(self) -> np.ndarray:
         """(n,) int64: the index of the first text of each text's group. A chain of near-duplicates is one group."""
         exact = self.exact_ids()
-        once = np.flatnonzero(exact == np.arange(len(exact)))
-        if len(once) < 2:
+        unique = np.flatnonzero(exact == np.arange(len(exact)))
+        if len(unique) < 2:
             return exact
-        parent = np.arange(len(once))
+        parent = np.arange(len(unique))
         # expected equal bytes of two sketches at the threshold: different slots agree in a byte with probability 1/256
         needed = SLOTS * (self.threshold + (1 - self.threshold) / 256)
         for band in self._bands:
-            for a, b in _candidates(band.all()[once], self._bytes, once, needed):
+            for a, b in _candidates(band.all()[unique], self._bytes, unique, needed):
                 parent = _union(parent, a, b)
-        found: np.ndarray = once[parent[np.searchsorted(once, exact)]]
-        return found
+        groups: np.ndarray = unique[parent[np.searchsorted(unique, exact)]]
+        return groups
 
     def merge(self, other: NearIndex) -> None:
         """Append the texts of another index."""
         self._flush()
         other._flush()
         self._exact += other._exact
-        for mine, theirs in zip(self._parts(), other._parts(), strict=True):
-            theirs.move_to(mine)
+        for array, other_array in zip(self._parts(), other._parts(), strict=True):
+            other_array.move_to(array)
         self._count += other._count
         self._spill()
 
@@ -116,9 +116,9 @@ class NearIndex:
         self._spill()
 
     def _spill(self) -> None:
-        if sum(kept.held for kept in self._parts()) > IN_MEMORY:
-            for kept in self._parts():
-                kept.to_disk()
+        if sum(array.held for array in self._parts()) > IN_MEMORY:
+            for array in self._parts():
+                array.to_disk()
 
 
 class SpillableArray:
@@ -163,27 +163,27 @@ class SpillableArray:
                 self._parts = [np.concatenate([empty, *self._parts])]
             return self._parts[0]
         self._file.seek(0)
-        found = np.fromfile(self._file, self.dtype)
+        numbers = np.fromfile(self._file, self.dtype)
         self._file.seek(0, os.SEEK_END)
-        return self._shaped(found)
+        return self._shaped(numbers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_parts": [self.all()], "held": self.all().nbytes, "_file": None}
 
-    def __getitem__(self, at: np.ndarray) -> np.ndarray:
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
         """The rows at these indices, in any order; only the parts of a file that hold some are read."""
         if self._file is None:
-            return self.all()[at]
+            return self.all()[indices]
         self._file.flush()
-        wanted, member = np.unique(at, return_inverse=True)
-        found = self._shaped(np.empty(len(wanted) * max(1, self.width), self.dtype))
+        unique, inverse = np.unique(indices, return_inverse=True)
+        rows = self._shaped(np.empty(len(unique) * max(1, self.width), self.dtype))
         size = self.dtype.itemsize * max(1, self.width)
-        edges = np.r_[0, np.flatnonzero(np.diff(wanted) > GAP) + 1, len(wanted)].tolist()
+        edges = np.r_[0, np.flatnonzero(np.diff(unique) > GAP) + 1, len(unique)].tolist()
         for start, end in itertools.pairwise(edges):
-            first, last = int(wanted[start]), int(wanted[end - 1])
+            first, last = int(unique[start]), int(unique[end - 1])
             block = os.pread(self._file.fileno(), (last - first + 1) * size, first * size)
-            found[start:end] = self._shaped(np.frombuffer(block, self.dtype))[wanted[start:end] - first]
-        return found[member]
+            rows[start:end] = self._shaped(np.frombuffer(block, self.dtype))[unique[start:end] - first]
+        return rows[inverse]
 
     def _shaped(self, numbers: np.ndarray) -> np.ndarray:
         return numbers.reshape(-1, self.width) if self.width else numbers
@@ -228,39 +228,38 @@ def shingle_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 
 def _band_hashes(slots: np.ndarray) -> np.ndarray:
     parts = slots[:, : BANDS * WIDTH].reshape(len(slots), BANDS, WIDTH).astype(np.uint64)
-    out = np.zeros((len(slots), BANDS), np.uint64)
+    hashes = np.zeros((len(slots), BANDS), np.uint64)
     for k in range(WIDTH):
-        out = (out ^ parts[:, :, k]) * _ODD[0]
-        out ^= out >> np.uint64(31)
-    return out
+        hashes = (hashes ^ parts[:, :, k]) * _ODD[0]
+        hashes ^= hashes >> np.uint64(31)
+    return hashes
 
 
 def first_occurrence(keys: np.ndarray) -> np.ndarray:
     """(n,) int64: for each key the index of its first occurrence."""
-    order = np.argsort(
-        keys, kind="stable"
-    )  # np.unique needs 1.5 times the memory, which matters for tens of millions of texts
+    # np.unique needs 1.5 times the memory, which matters for tens of millions of texts
+    order = np.argsort(keys, kind="stable")
     ordered, new = keys[order], np.ones(len(keys), bool)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])
     del ordered
     member = np.cumsum(new, dtype=np.uint32)
     member -= 1
-    found = np.empty(len(keys), np.int64)
-    found[order] = order[new][member]
-    return found
+    first = np.empty(len(keys), np.int64)
+    first[order] = order[new][member]
+    return first
 
 
-def first_index(keys: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """For each wanted key the index of its first occurrence in `keys`, -1 if there is none: int64, shape of `wanted`."""
-    known, first = np.unique(keys, return_index=True)
-    if not len(known):
-        return np.full(len(wanted), -1)
-    at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-    return np.where(known[at] == wanted, first[at], -1)
+def first_index(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """For each of `queries` the index of its first occurrence in `keys`, -1 if there is none: int64, shape of `queries`."""
+    unique, first = np.unique(keys, return_index=True)
+    if not len(unique):
+        return np.full(len(queries), -1)
+    position = np.minimum(np.searchsorted(unique, queries), len(unique) - 1)
+    return np.where(unique[position] == queries, first[position], -1)
 
 
 def _candidates(
-    keys: np.ndarray, sketches: SpillableArray, which: np.ndarray, needed: float
+    keys: np.ndarray, sketches: SpillableArray, indices: np.ndarray, threshold: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Verified pairs among texts with the same band hash: each against its bucket's first, then the rest among themselves.
 
@@ -283,33 +282,33 @@ def _candidates(
         near = np.zeros(len(order), bool)
         for i in range(0, len(order), CHECKED):
             part = slice(i, i + CHECKED)
-            near[part] = (sketches[which[order[part]]] == sketches[which[leader[part]]]).sum(axis=1) >= needed
+            near[part] = (sketches[indices[order[part]]] == sketches[indices[leader[part]]]).sum(axis=1) >= threshold
         near &= ~starts
         yield leader[near], order[near]
-        left = ~(near | starts)
-        order, bucket = order[left], bucket[left]
+        remaining = ~(near | starts)
+        order, bucket = order[remaining], bucket[remaining]
 
 
-def _repeated(ordered: np.ndarray) -> np.ndarray:
+def _repeated(sorted_values: np.ndarray) -> np.ndarray:
     """(n,) bool: which of the sorted numbers occur more than once."""
-    found = np.zeros(len(ordered), bool)
-    same = ordered[1:] == ordered[:-1]
-    found[1:] |= same
-    found[:-1] |= same
-    return found
+    repeated = np.zeros(len(sorted_values), bool)
+    same = sorted_values[1:] == sorted_values[:-1]
+    repeated[1:] |= same
+    repeated[:-1] |= same
+    return repeated
 
 
 def _union(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Union of all pairs at once; a group's parent is its smallest index."""
     while True:
-        one, other = parent[a], parent[b]
-        apart = one != other
-        if not apart.any():
+        root_a, root_b = parent[a], parent[b]
+        different = root_a != root_b
+        if not different.any():
             return parent
-        one, other = one[apart], other[apart]
-        np.minimum.at(parent, np.maximum(one, other), np.minimum(one, other))
+        root_a, root_b = root_a[different], root_b[different]
+        np.minimum.at(parent, np.maximum(root_a, root_b), np.minimum(root_a, root_b))
         while True:  # point every text to its group's first
-            nearer = parent[parent]
-            if np.array_equal(nearer, parent):
+            grandparent = parent[parent]
+            if np.array_equal(grandparent, parent):
                 break
-            parent = nearer
+            parent = grandparent

@@ -43,10 +43,10 @@ def luhn(digits: str) -> bool:
 
 def iban(value: str) -> bool:
     """Whether an IBAN passes the check of ISO 13616: rearranged and read as a number, it is 1 modulo 97."""
-    plain = value.replace(" ", "")
-    if not 15 <= len(plain) <= 34:
+    compact = value.replace(" ", "")
+    if not 15 <= len(compact) <= 34:
         return False
-    return int("".join(str(int(c, 36)) for c in plain[4:] + plain[:4])) % 97 == 1
+    return int("".join(str(int(c, 36)) for c in compact[4:] + compact[:4])) % 97 == 1
 
 
 def entropy(token: str) -> float:
@@ -100,8 +100,8 @@ def _digits(text: str) -> bool:
 
 
 def _word_before(text: str, start: int) -> bool:
-    before, at = text[max(0, start - 2) : start - 1], text[start - 1 : start] if start else ""
-    return at.isalnum() or (at != "" and at in "_.,-" and before.isalnum())
+    before_last, last = text[max(0, start - 2) : start - 1], text[start - 1 : start] if start else ""
+    return last.isalnum() or (last != "" and last in "_.,-" and before_last.isalnum())
 
 
 def _numbers(text: str) -> Found:
@@ -190,13 +190,13 @@ FINDERS = (  # of two overlapping values, the earlier finder's is kept
 
 def find(text: str, groups: Collection[str] = ("pii", "secrets")) -> list[Span]:
     """Spans that look like personal data or secrets, in order, without overlaps."""
-    found: list[Span] = []
+    spans: list[Span] = []
     for finder in FINDERS:
         if finder.group in groups and finder.hint(text):
             for span in finder.find(text):
-                if all(span.end <= s.start or span.start >= s.end for s in found):
-                    found.append(span)
-    return sorted(found, key=lambda s: s.start)
+                if all(span.end <= s.start or span.start >= s.end for s in spans):
+                    spans.append(span)
+    return sorted(spans, key=lambda s: s.start)
 
 
 def redact(text: str, groups: Collection[str] = ("pii", "secrets")) -> tuple[str, Counter[str]]:

@@ -44,9 +44,9 @@ def layout_named(name: str, where: str = "data.shape") -> Layout:
 
 def unknown_layout_advice(name: str) -> str:
     """Advice for an unknown layout name: the closest known name, or the list of all."""
-    near = closest(name, LAYOUTS)
-    if near:
-        return f'did you mean "{near}"?'
+    suggestion = closest(name, LAYOUTS)
+    if suggestion:
+        return f'did you mean "{suggestion}"?'
     return f"choose auto, path.py:Name of your own, or one of {', '.join(LAYOUTS)}"
 
 
@@ -63,20 +63,20 @@ def likely_typo_of(column: str) -> str:
     """
     if column in NAMES:
         return ""
-    bare = column.strip().lower().replace("-", "_").replace(" ", "_")
-    return next((name for name in NAMES if bare == name or _is_one_typo_away(bare, name)), "")
+    normalized = column.strip().lower().replace("-", "_").replace(" ", "_")
+    return next((name for name in NAMES if normalized == name or _is_one_typo_away(normalized, name)), "")
 
 
 def _is_one_typo_away(word: str, name: str) -> bool:
     short, long = sorted((word, name), key=len)
     if len(long) - len(short) == 1:
         return any(long[:i] + long[i + 1 :] == short for i in range(len(long)))
-    places = [i for i, (a, b) in enumerate(zip(word, name, strict=False)) if a != b]
-    if len(word) != len(name) or len(places) > 2:
+    differences = [i for i, (a, b) in enumerate(zip(word, name, strict=False)) if a != b]
+    if len(word) != len(name) or len(differences) > 2:
         return False
-    if len(places) == 1:
+    if len(differences) == 1:
         return len(name) > 5
-    i, j = places
+    i, j = differences
     return j == i + 1 and word[i] == name[j] and word[j] == name[i]
 
 
@@ -90,14 +90,14 @@ OTHER_NAMES = {
 
 def alternative_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """``{our name: theirs}`` for texts (for a label: words such as thumbs_up) that all rows hold under exactly one other name."""
-    there = set.intersection(*map(set, rows)) if rows else set()
-    found: dict[str, str] = {}
+    shared = set.intersection(*map(set, rows)) if rows else set()
+    columns: dict[str, str] = {}
     for ours, names in OTHER_NAMES.items():
         fits = _is_word if ours == "label" else lambda value: isinstance(value, str)
-        theirs = [n for n in names if n in there and all(fits(row[n]) for row in rows)]
-        if len(theirs) == 1 and not any(ours in row for row in rows):
-            found[ours] = theirs[0]
-    return found
+        matches = [n for n in names if n in shared and all(fits(row[n]) for row in rows)]
+        if len(matches) == 1 and not any(ours in row for row in rows):
+            columns[ours] = matches[0]
+    return columns
 
 
 def _is_word(value: Any) -> bool:
@@ -132,12 +132,12 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
         if _is_stepwise(row):
             votes["stepwise"] += 1
             continue
-        found = [name for name, layout in LAYOUTS.items() if layout.fits(row)]
-        if not found and plain.has_several_answers(row):
+        matches = [name for name, layout in LAYOUTS.items() if layout.fits(row)]
+        if not matches and plain.has_several_answers(row):
             votes["several"] += 1
             continue
-        fits.update(found)
-        votes.update(found[:1])
+        fits.update(matches)
+        votes.update(matches[:1])
     if not votes:
         return Detection(None, "the columns fit no known layout")
     name = max(votes, key=lambda n: votes[n])  # the first seen wins a tie: a Counter keeps insertion order

@@ -22,8 +22,8 @@ def shp(row: Fields, options: Fields) -> PromptTree:
     if ratio is None and options["min_score_ratio"] > 1:
         raise RowError('"score_ratio" is missing', "set data.layout_options.min_score_ratio=1, or drop the row")
     if ratio is not None and ratio < options["min_score_ratio"]:
-        what = f"a score ratio below {options['min_score_ratio']:g}"
-        raise LeftOut(what, "lower data.layout_options.min_score_ratio")
+        reason = f"a score ratio below {options['min_score_ratio']:g}"
+        raise LeftOut(reason, "lower data.layout_options.min_score_ratio")
     chosen, rejected = fields.text(row, f"human_ref_{better}"), fields.text(row, f"human_ref_{worse}")
     scores = fields.score(row, f"score_{better}"), fields.score(row, f"score_{worse}")
     return scored_pair(fields.as_user_turn(fields.text(row, "history")), chosen, rejected, *scores)
@@ -47,11 +47,11 @@ def tldr(row: Fields, options: Fields) -> PromptTree:
         raise RowError(f"there are {len(summaries)} summaries", "there must be two")
     texts = [fields.as_text(s.get("text") if isinstance(s, dict) else None, "a summary") for s in summaries]
     best = fields.index(row, "choice")
-    least, extra = options["min_confidence"], row.get("extra")
+    min_confidence, extra = options["min_confidence"], row.get("extra")
     confidence = fields.finite(extra.get("confidence")) if isinstance(extra, dict) else None
-    if least > 0 and (confidence is None or confidence < least):
-        said = "no confidence" if confidence is None else f"a confidence below {least:g}"
-        raise LeftOut(f"the choice has {said}", "lower data.layout_options.min_confidence")
+    if min_confidence > 0 and (confidence is None or confidence < min_confidence):
+        reason = "no confidence" if confidence is None else f"a confidence below {min_confidence:g}"
+        raise LeftOut(f"the choice has {reason}", "lower data.layout_options.min_confidence")
     # a space before the answer, once: the prompt ends with "TL;DR:"
     chosen, rejected = (f" {texts[i].lstrip()}" for i in (best, 1 - best))
     return scored_pair(_tldr_prompt(info), chosen, rejected, None, None)
@@ -75,8 +75,8 @@ def _judgment_id(row: Fields) -> str:
 
 def _fold_verdicts(rows: Sequence[Fields]) -> Fields:
     """The first record of a judgment, with the verdict "undo" if any record of its id takes it back."""
-    back = any(row.get("verdict") == _TAKEN_BACK for row in rows)
-    return {**rows[0], **({"verdict": _TAKEN_BACK} if back else {})}
+    taken_back = any(row.get("verdict") == _TAKEN_BACK for row in rows)
+    return {**rows[0], **({"verdict": _TAKEN_BACK} if taken_back else {})}
 
 
 _ABOUT = (
@@ -90,13 +90,13 @@ def studio(row: Fields, options: Fields) -> PromptTree:
     """One person's verdict on two answers."""
     verdict = row.get("verdict")
     verdict = verdict if isinstance(verdict, str) else ""
-    why = {"skip": "skipped", _TAKEN_BACK: "taken back"}.get(verdict)
+    reason = {"skip": "skipped", _TAKEN_BACK: "taken back"}.get(verdict)
     if row.get("gold") is not None:
-        why = why or "a check with a known answer"
+        reason = reason or "a check with a known answer"
     elif row.get("repeat_of") is not None:
-        why = why or "a repetition of an earlier pair"
-    if why is not None:
-        raise LeftOut(why, f"{fields.NOTHING_WRONG}; it is not a preference by itself")
+        reason = reason or "a repetition of an earlier pair"
+    if reason is not None:
+        raise LeftOut(reason, f"{fields.NOTHING_WRONG}; it is not a preference by itself")
     if verdict in ("tie", "both_bad"):
         raise _tie_error(verdict, options)
     if verdict not in ("a", "b"):
@@ -133,14 +133,14 @@ def arena_55k(row: Fields, options: Fields) -> PromptTree:
         raise RowError("the three winner columns do not name one outcome", "one of them must be 1, the others 0")
     if votes[2]:
         raise _tie_error("tie", options)
-    asked, a, b = (_texts(row, n) for n in ("prompt", "response_a", "response_b"))
-    if not len(asked) == len(a) == len(b):
+    prompts, a, b = (_texts(row, n) for n in ("prompt", "response_a", "response_b"))
+    if not len(prompts) == len(a) == len(b):
         raise RowError(
-            f"{len(asked)} prompts have {len(a)} and {len(b)} answers",
+            f"{len(prompts)} prompts have {len(a)} and {len(b)} answers",
             "there must be one for each",
         )
     sides = tuple(
-        tuple(m for q, r in zip(asked, answers, strict=True) for m in (Message("user", q), Message("assistant", r)))
+        tuple(m for q, r in zip(prompts, answers, strict=True) for m in (Message("user", q), Message("assistant", r)))
         for answers in (a, b)
     )
     return _arena_pair((sides[0], sides[1]), votes[1], options)
@@ -159,10 +159,10 @@ def _texts(row: Fields, name: str) -> list[str]:
 
 
 def _tie_error(winner: str, options: Fields) -> RowError:
-    what = "both are bad" if "bad" in winner else "a tie"
+    reason = "both are bad" if "bad" in winner else "a tie"
     if options["ties"] == "leave_out":
-        return LeftOut(what, f"{fields.NOTHING_WRONG}; it has no better answer")
-    return RowError(what, "leave it out with data.layout_options.ties=leave_out")
+        return LeftOut(reason, f"{fields.NOTHING_WRONG}; it has no better answer")
+    return RowError(reason, "leave it out with data.layout_options.ties=leave_out")
 
 
 def _arena_pair(sides: tuple[tuple[Message, ...], tuple[Message, ...]], best: int, options: Fields) -> PromptTree:
@@ -187,21 +187,21 @@ def _up_to_first_answer(messages: tuple[Message, ...], name: str) -> tuple[Messa
 def lmsys(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """A conversation with a model, used as one answer, every answer or a prompt (option `use`)."""
     messages = fields.messages(row, "conversation")
-    found = _USES[options["use"]](messages)
-    if not found:
+    trees = _USES[options["use"]](messages)
+    if not trees:
         raise RowError('"conversation" holds no answer to a question', "drop the row")
-    return found
+    return trees
 
 
-def _prompt_tree(messages: tuple[Message, ...], place: int) -> tuple[PromptTree, ...]:
-    asked = [i for i, m in enumerate(messages) if m.role == "user"]
-    return (PromptTree(messages[: asked[place] + 1], ()),) if asked else ()
+def _prompt_tree(messages: tuple[Message, ...], turn_index: int) -> tuple[PromptTree, ...]:
+    user_turns = [i for i, m in enumerate(messages) if m.role == "user"]
+    return (PromptTree(messages[: user_turns[turn_index] + 1], ()),) if user_turns else ()
 
 
 _USES: dict[str, Any] = {
     "sft": lambda messages: (fields.last_answer_tree(messages, "conversation"),),
     "all_turns": lambda messages: tuple(
-        all_answers(messages, [len(t.prompt) for t in found]) for found in [every_answer(messages)] if found
+        all_answers(messages, [len(t.prompt) for t in trees]) for trees in [every_answer(messages)] if trees
     ),
     "every_turn": every_answer,
     "first_turn": lambda messages: every_answer(messages)[:1],

@@ -41,9 +41,9 @@ def swift_pairs(row: Fields) -> PromptTree:
         tree = fields.last_answer_tree(plain.conversation(row), "messages")
         before, chosen = tree.prompt, fields.split_last_answer(plain.conversation(row), "messages")[1]
         return plain.pair(before, chosen, fields.text(row, "rejected_response"), row)
-    asked = {**row, "instruction": fields.text(row, "query"), "input": None}
+    alpaca_row = {**row, "instruction": fields.text(row, "query"), "input": None}
     return plain.pair(
-        plain.instruction_prompt(asked), fields.text(row, "response"), fields.text(row, "rejected_response"), row
+        plain.instruction_prompt(alpaca_row), fields.text(row, "response"), fields.text(row, "rejected_response"), row
     )
 
 

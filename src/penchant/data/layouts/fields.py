@@ -53,8 +53,8 @@ def shown(value: Any, length: int = 40) -> str:
 def text(row: Mapping[str, Any], name: str) -> str:
     """A field as non-empty text."""
     if name not in row:
-        there = ", ".join(map(printable, sorted(map(str, row))))
-        how = f"there are {there}; map columns with --column {name}=YOURS, in a config data.columns"
+        columns = ", ".join(map(printable, sorted(map(str, row))))
+        how = f"there are {columns}; map columns with --column {name}=YOURS, in a config data.columns"
         raise RowError(f'"{name}" is missing', how)
     return as_text(row[name], f'"{name}"')
 
@@ -80,17 +80,17 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     if not _is_list(value):
         raise RowError(f'"{name}" is not a list of messages', 'write [{"role": "user", "content": "..."}, ...]')
     turns = [as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value)]
-    calls = [isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in CALLERS for turn in value]
-    made: list[Message] = []
+    is_call = [isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in CALLERS for turn in value]
+    merged: list[Message] = []
     for i, turn in enumerate(turns):
-        if calls[i] and i and calls[i - 1]:  # such files list parallel calls as consecutive turns
-            both = json.loads(made[-1].tool_calls) + json.loads(turn.tool_calls)
-            made[-1] = replace(made[-1], tool_calls=as_json(both))
+        if is_call[i] and i and is_call[i - 1]:  # such files list parallel calls as consecutive turns
+            both_calls = json.loads(merged[-1].tool_calls) + json.loads(turn.tool_calls)
+            merged[-1] = replace(merged[-1], tool_calls=as_json(both_calls))
         else:
-            made.append(turn)
+            merged.append(turn)
         if turn.role == "tool" and (not i or turns[i - 1].role not in ("assistant", "tool")):
             raise RowError(f'"{name}"[{i}] is a tool turn that follows no assistant turn', "let it follow the call")
-    return tuple(made)
+    return tuple(merged)
 
 
 RATING_COLUMNS = (
@@ -151,8 +151,8 @@ def leave_out_untrained(
         if isinstance(row.get(name), (list, tuple)) and row[name] and isinstance(row[name][-1], Mapping):
             reject_rated(row[name][-1], f' of the last turn of "{name}"')
             if not is_trained(row[name][-1]):
-                what = f'the last turn of "{name}" has weight 0: it is not to be learned'
-                raise LeftOut(what, f"{NOTHING_WRONG}; learn the others with data.layout_options.turns=all")
+                reason = f'the last turn of "{name}" has weight 0: it is not to be learned'
+                raise LeftOut(reason, f"{NOTHING_WRONG}; learn the others with data.layout_options.turns=all")
 
 
 # start of a message, or a list of messages, that a spreadsheet or pandas wrote into a cell as text
@@ -175,16 +175,16 @@ _MESSAGES = frozenset(
 
 def parse_messages(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row with messages in text cells parsed (JSON or a Python literal); other text stays as it is."""
-    written = {n: v for n, v in row.items() if n in _MESSAGES and isinstance(v, str) and _WRITTEN.match(v)}
-    found = {name: _parse_messages_text(value) for name, value in written.items()}
-    return {**row, **{n: v for n, v in found.items() if v is not None}} if found else row
+    cells = {n: v for n, v in row.items() if n in _MESSAGES and isinstance(v, str) and _WRITTEN.match(v)}
+    parsed = {name: _parse_messages_text(value) for name, value in cells.items()}
+    return {**row, **{n: v for n, v in parsed.items() if v is not None}} if parsed else row
 
 
 def _parse_messages_text(text: str) -> Any:
     """Parse a text as JSON or a Python literal; None if the result is not messages."""
-    for read in (json.loads, ast.literal_eval):
+    for parse in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
-            value = read(text)
+            value = parse(text)
             turns = value if isinstance(value, list) else [value]
             if turns and all(
                 isinstance(t, dict) and ({"role", "content"} <= t.keys() or {"from", "value"} <= t.keys())
@@ -215,8 +215,8 @@ def as_message(turn: Any, what: str) -> Message:
         raise RowError(f"{what} is not a message", 'write {"role": "user", "content": "..."}')
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in ROLES:
-        has = "no role" if role is None else f"the role {shown(role)!r}"
-        raise RowError(f"{what} has {has}", f"roles are {', '.join(sorted(set(ROLES.values())))}")
+        problem = "no role" if role is None else f"the role {shown(role)!r}"
+        raise RowError(f"{what} has {problem}", f"roles are {', '.join(sorted(set(ROLES.values())))}")
     if role in CALLERS:
         return Message(
             "assistant", "", reasoning=_reasoning(turn, what), tool_calls=as_json(_tool_calls(content, what))
@@ -227,17 +227,17 @@ def as_message(turn: Any, what: str) -> Message:
     if is_nonempty(calls):
         if ROLES[role] != "assistant":
             raise RowError(f"{what} is a turn of the {role} with tool calls", "only an assistant calls tools")
-        written, thought = as_json(_tool_calls(calls, what)), _reasoning(turn, what)
+        tool_calls, reasoning = as_json(_tool_calls(calls, what)), _reasoning(turn, what)
         if content is not None and not isinstance(content, str):
             raise RowError(f"{what} has a content that is not text", "give it a text, or null")
-        return Message("assistant", content or "", reasoning=thought, tool_calls=written)
+        return Message("assistant", content or "", reasoning=reasoning, tool_calls=tool_calls)
     if ROLES[role] == "tool":
         if isinstance(content, (Mapping, int, float)):
             content = as_json(content)
         if not isinstance(content, str):
             raise RowError(f"{what} has no content", "give it the tool's result as text")
-        call, name = (v if isinstance(v := turn.get(n), str) else "" for n in ("tool_call_id", "name"))
-        return Message("tool", content, tool_call_id=call, name=name)
+        call_id, name = (v if isinstance(v := turn.get(n), str) else "" for n in ("tool_call_id", "name"))
+        return Message("tool", content, tool_call_id=call_id, name=name)
     if not isinstance(content, str) or not content.strip():
         raise RowError(f"{what} has no content", "give it a text or drop the row")
     return Message(ROLES[role], content, reasoning=_reasoning(turn, what))
@@ -260,15 +260,15 @@ def read_json(value: Any, what: str, how: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        read = json.loads(value)
+        parsed = json.loads(value)
     except (ValueError, RecursionError) as error:
         raise RowError(f"{what} is not JSON ({shown(value)})", how) from error
-    level = [read]
+    level = [parsed]
     for _ in range(MAX_DEPTH):
         level = [i for v in level if isinstance(v, (dict, list)) for i in (v.values() if isinstance(v, dict) else v)]
     if level:
         raise RowError(f"{what} is nested more than {MAX_DEPTH} deep", how)
-    return read
+    return parsed
 
 
 _CALL = 'write {"type": "function", "function": {"name": "...", "arguments": {...}}}'
@@ -276,10 +276,10 @@ _CALL = 'write {"type": "function", "function": {"name": "...", "arguments": {..
 
 def _tool_calls(value: Any, what: str) -> list[dict[str, Any]]:
     """Tool calls in the form that every chat template knows, with arguments as objects."""
-    read = read_json(value, f"{what}: its call", _CALL)
-    if not read:
+    parsed = read_json(value, f"{what}: its call", _CALL)
+    if not parsed:
         raise RowError(f"{what} has an empty tool call", _CALL)
-    return [_tool_call(c, what) for c in (read if isinstance(read, (list, tuple)) else [read])]
+    return [_tool_call(c, what) for c in (parsed if isinstance(parsed, (list, tuple)) else [parsed])]
 
 
 def _tool_call(call: Any, what: str) -> dict[str, Any]:
@@ -290,12 +290,14 @@ def _tool_call(call: Any, what: str) -> dict[str, Any]:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise RowError(f"{what}: a tool call names no function", _CALL)
-    written: Any = next((function[n] for n in ("arguments", "parameters") if function.get(n) is not None), {})
-    arguments = read_json(written or {}, f"{what}: what {name} is called with", 'write an object, {"city": "Paris"}')
+    raw_arguments: Any = next((function[n] for n in ("arguments", "parameters") if function.get(n) is not None), {})
+    arguments = read_json(
+        raw_arguments or {}, f"{what}: what {name} is called with", 'write an object, {"city": "Paris"}'
+    )
     if not isinstance(arguments, Mapping):
         raise RowError(f"{what}: the arguments of {name} are not an object", 'write an object, {"city": "Paris"}')
-    known = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
-    return {**known, "type": "function", "function": {"name": name, "arguments": arguments}}
+    call_id = {"id": call["id"]} if isinstance(call.get("id"), str) and call["id"] else {}
+    return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 _TOOL = 'write [{"type": "function", "function": {"name": "...", "description": "...", "parameters": {...}}}, ...]'
@@ -308,25 +310,27 @@ def tools(row: Mapping[str, Any]) -> str:
         RowError: they are not a list of function descriptions.
     """
     for column in ("tools", "functions"):
-        given = row.get(column)
-        if not is_nonempty(given):
+        value = row.get(column)
+        if not is_nonempty(value):
             continue
-        read = read_json(given, f'"{column}"', _TOOL)
-        listed = [read] if isinstance(read, Mapping) else read
-        if not isinstance(listed, (list, tuple)):
+        parsed = read_json(value, f'"{column}"', _TOOL)
+        entries = [parsed] if isinstance(parsed, Mapping) else parsed
+        if not isinstance(entries, (list, tuple)):
             raise RowError(f'"{column}" is not a list of tools', _TOOL)
-        made = []
-        for i, tool in enumerate(listed):
-            what = f'"{column}"[{i}]'
-            tool = read_json(tool, what, _TOOL)
-            inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
-            if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str) or not inner["name"]:
-                raise RowError(f"{what} is not a description of a function", _TOOL)
-            bare = inner is tool
-            whole = {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
-            made.append(whole if isinstance(given, str) else without_nulls(whole))
-        if made:
-            return as_json(made)
+        normalized = []
+        for i, tool in enumerate(entries):
+            place = f'"{column}"[{i}]'
+            tool = read_json(tool, place, _TOOL)
+            function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+            if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+                raise RowError(f"{place} is not a description of a function", _TOOL)
+            is_bare = function is tool
+            wrapped = (
+                {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if is_bare else tool
+            )
+            normalized.append(wrapped if isinstance(value, str) else without_nulls(wrapped))
+        if normalized:
+            return as_json(normalized)
     return ""
 
 
@@ -337,16 +341,16 @@ def template_options(row: Mapping[str, Any]) -> str:
         RowError: it is not an object, or sets an argument that a row may not set.
     """
     name = "chat_template_kwargs"
-    given = row.get(name)
-    if not is_nonempty(given):
+    value = row.get(name)
+    if not is_nonempty(value):
         return ""
-    read = read_json(given, f'"{name}"', 'write {"enable_thinking": false}')
-    if not isinstance(read, Mapping):
+    parsed = read_json(value, f'"{name}"', 'write {"enable_thinking": false}')
+    if not isinstance(parsed, Mapping):
         raise RowError(f'"{name}" is not an object', 'write {"enable_thinking": false}')
-    kept = {str(k): v for k, v in read.items() if v is not None}
-    if wrong := sorted(kept.keys() & NOT_OPTIONS):
-        raise RowError(f'"{name}" holds {wrong[0]}, which a row may not set', "take it out")
-    return as_json(kept) if kept else ""
+    options = {str(k): v for k, v in parsed.items() if v is not None}
+    if forbidden := sorted(options.keys() & NOT_OPTIONS):
+        raise RowError(f'"{name}" holds {forbidden[0]}, which a row may not set', "take it out")
+    return as_json(options) if options else ""
 
 
 # arguments of `apply_chat_template` that are not variables of the template
@@ -358,13 +362,13 @@ NOT_OPTIONS = frozenset(
 
 def _reasoning(turn: Mapping[str, Any], what: str) -> str:
     """The reasoning of an assistant turn, under any of the names in use."""
-    found = {n: v for n in ("reasoning_content", "reasoning", "thinking") if (v := turn.get(n)) not in (None, "")}
-    for name, value in found.items():
+    values = {n: v for n in ("reasoning_content", "reasoning", "thinking") if (v := turn.get(n)) not in (None, "")}
+    for name, value in values.items():
         if not isinstance(value, str) or turn.get("role", turn.get("from")) not in ANSWERERS:
             raise RowError(f'{what} has a "{name}" that is not text of an assistant', "take it out, or drop the row")
-    if len(set(found.values())) > 1:
-        raise RowError(f"{what} has {' and '.join(found)}, which differ", "keep one of them")
-    return next(iter(found.values()), "")
+    if len(set(values.values())) > 1:
+        raise RowError(f"{what} has {' and '.join(values)}, which differ", "keep one of them")
+    return next(iter(values.values()), "")
 
 
 Answer = str | Message
@@ -381,12 +385,16 @@ def _join_parts(parts: Sequence[Any], what: str) -> str:
     """The text of a content given as a list of parts, concatenated as chat templates do."""
     texts = []
     for part in parts:
-        text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
-        if not isinstance(text, str):
+        part_text = part.get("text") if isinstance(part, Mapping) and part.get("type", "text") == "text" else None
+        if not isinstance(part_text, str):
             kind = part.get("type") if isinstance(part, Mapping) else None
-            held = f"a part of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "something else"
-            raise RowError(f"{what} holds {held}, not text", PICTURES if str(kind).startswith("image") else OTHER_MEDIA)
-        texts.append(text)
+            description = (
+                f"a part of type {shown(kind)}" if isinstance(kind, str) and kind != "text" else "something else"
+            )
+            raise RowError(
+                f"{what} holds {description}, not text", PICTURES if str(kind).startswith("image") else OTHER_MEDIA
+            )
+        texts.append(part_text)
     return join_texts(texts)
 
 
@@ -456,17 +464,17 @@ def join_prompt(row: Mapping[str, Any], before: tuple[Message, ...]) -> tuple[Me
     """
     if "prompt" not in row and before:
         return before
-    asking = prompt(row) if not before or row["prompt"] else ()
-    if isinstance(asking, str):
-        return (Message("user", asking), *before) if not before or before[0].role == "assistant" else before
-    bare = asking[1:] if asking and asking[0].role in INSTRUCTS else asking
-    said = before[1:] if before and before[0].role in INSTRUCTS else before
+    row_prompt = prompt(row) if not before or row["prompt"] else ()
+    if isinstance(row_prompt, str):
+        return (Message("user", row_prompt), *before) if not before or before[0].role == "assistant" else before
+    prompt_turns = row_prompt[1:] if row_prompt and row_prompt[0].role in INSTRUCTS else row_prompt
+    turns_before = before[1:] if before and before[0].role in INSTRUCTS else before
     if not before or before[0].role == "assistant":
-        return (*asking, *before)
-    if said[: len(bare)] != bare and said[-len(bare) :] != bare:
+        return (*row_prompt, *before)
+    if turns_before[: len(prompt_turns)] != prompt_turns and turns_before[-len(prompt_turns) :] != prompt_turns:
         what = "the messages before the answer do not go on from those of the prompt"
         raise RowError(what, "the answer's column must repeat the prompt, or hold the answer alone")
-    return before if before[0].role in INSTRUCTS else (*asking[: len(asking) - len(bare)], *before)
+    return before if before[0].role in INSTRUCTS else (*row_prompt[: len(row_prompt) - len(prompt_turns)], *before)
 
 
 def prompt(row: Mapping[str, Any], name: str = "prompt") -> Prompt:
@@ -508,10 +516,10 @@ def is_nonempty(value: Any) -> bool:
 def finite(value: Any) -> float | None:
     """A value as a finite number; None if it is not one (booleans do not count)."""
     try:
-        found = float(value) if not isinstance(value, bool) else math.nan
+        converted = float(value) if not isinstance(value, bool) else math.nan
     except (TypeError, ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) else None
+    return converted if math.isfinite(converted) else None
 
 
 def score(row: Mapping[str, Any], *names: str) -> float | None:
@@ -520,27 +528,27 @@ def score(row: Mapping[str, Any], *names: str) -> float | None:
         value = row.get(name)
         if value is None:
             continue
-        found = finite(value)
-        if found is None:
+        parsed = finite(value)
+        if parsed is None:
             raise RowError(f'"{name}" is {shown(value)!r}', "make it a finite number")
-        return found
+        return parsed
     return None
 
 
 def number(row: Mapping[str, Any], name: str) -> float:
     """A required field as a finite number."""
-    found = score(row, name)
-    if found is None:
+    value = score(row, name)
+    if value is None:
         raise RowError(f'"{name}" is missing', "give a finite number")
-    return found
+    return value
 
 
 def index(row: Mapping[str, Any], name: str) -> int:
     """A field that must be 0 or 1."""
-    found = number(row, name)
-    if found not in (0.0, 1.0):
+    value = number(row, name)
+    if value not in (0.0, 1.0):
         raise RowError(f'"{name}" is {shown(row[name])!r}', "it must be 0 or 1")
-    return int(found)
+    return int(value)
 
 
 LABELS = {
@@ -555,10 +563,10 @@ def label(row: Mapping[str, Any], name: str) -> bool:
     """A field as good (True) or bad (False)."""
     if row.get(name) is None:
         raise RowError(f'"{name}" is missing', "give true (a good answer) or false (a bad one)")
-    label = LABELS.get(shown(row[name]).strip().lower())
-    if label is None:
+    is_good = LABELS.get(shown(row[name]).strip().lower())
+    if is_good is None:
         raise RowError(f'"{name}" is {shown(row[name])!r}', "give true or false (or 1 or 0, good or bad)")
-    return label
+    return is_good
 
 
 def holds_list(row: Mapping[str, Any], name: str, *keys: str) -> bool:

@@ -30,8 +30,8 @@ def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
         how = 'it must start with "\\n\\nHuman:" and go on with "\\n\\nAssistant:"'
         raise RowError(f'"{name}" is not a transcript', how)
     turns = [
-        Message("user" if who == "Human" else "assistant", said.strip())
-        for who, said in zip(parts[1::2], parts[2::2], strict=True)
+        Message("user" if speaker == "Human" else "assistant", content.strip())
+        for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
     before, answer = fields.split_last_answer(tuple(turns), name)
     if not answer.content:

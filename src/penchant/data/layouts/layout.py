@@ -80,35 +80,35 @@ class _TrackedRow(dict[str, Any]):
 Turn = tuple[str, str, _TrackedRow]  # its place, its role, and the turn, which records what is read of it
 
 
-def _track(value: Any, place: str, turns: list[Turn]) -> Any:
+def _track(value: Any, path: str, turns: list[Turn]) -> Any:
     """Wrap a value's turns and their content parts, in lists of any depth, in `_TrackedRow` rows and add them to `turns`."""
     if isinstance(value, (list, tuple)):
-        return [_track(v, f"{place}[]", turns) for v in value]
+        return [_track(v, f"{path}[]", turns) for v in value]
     role = next((r for n in ("role", "from") if isinstance(value, Mapping) and isinstance(r := value.get(n), str)), "")
-    if not role and not (isinstance(value, Mapping) and place.endswith(".content[]")):
+    if not role and not (isinstance(value, Mapping) and path.endswith(".content[]")):
         return value
-    turn = _TrackedRow({n: _track(v, f"{place}.{n}", turns) if n == "content" else v for n, v in value.items()})
-    turns.append((place, role, turn))
+    turn = _TrackedRow({n: _track(v, f"{path}.{n}", turns) if n == "content" else v for n, v in value.items()})
+    turns.append((path, role, turn))
     return turn
 
 
 def _unused_of_turns(turns: Iterable[Turn]) -> list[str]:
     """Non-empty keys read in no turn of a role, as ``messages[].name``; the role is named if other roles' keys were read."""
     used: dict[tuple[str, str], set[str]] = {}
-    there: dict[tuple[str, str], dict[str, None]] = {}
+    present: dict[tuple[str, str], dict[str, None]] = {}
     for place, role, turn in turns:
         if not turn.used & ({"content", "value"} if role else {"text"}):
             continue  # its column is not used
         used.setdefault((place, role), set()).update(turn.used)
         for name, value in dict.items(turn):
             if fields.is_nonempty(value):
-                there.setdefault((place, name), {})[role] = None
-    found = []
-    for (place, name), roles in there.items():
+                present.setdefault((place, name), {})[role] = None
+    unused = []
+    for (place, name), roles in present.items():
         unread = [role for role in roles if name not in used[place, role]]
         if unread:
-            found.append(f"{place}.{name}" + (f" ({', '.join(unread)})" if len(unread) < len(roles) else ""))
-    return found
+            unused.append(f"{place}.{name}" + (f" ({', '.join(unread)})" if len(unread) < len(roles) else ""))
+    return unused
 
 
 class UserRow(_TrackedRow):
@@ -190,50 +190,55 @@ class Layout:
         Raises:
             RowError: the row does not fit, or is kept aside by an option.
         """
-        ours = self.name in LAYOUTS
-        if ours:
+        is_builtin = self.name in LAYOUTS
+        if is_builtin:
             fields.reject_media(row)
             fields.reject_unparsed_messages(row)
             if self.kind == "sft":
                 fields.reject_rated(row)
             if options.get("turns", "last") not in ("every", "all"):
                 fields.leave_out_untrained(row)
-        made = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
-        trees = made if isinstance(made, tuple) else (made,)
-        if not ours:
+        result = self.turn(row, {n: options.get(n, o.default) for n, o in self.options.items()})
+        trees = result if isinstance(result, tuple) else (result,)
+        if not is_builtin:
             return trees
-        tools, told = fields.tools(row), fields.template_options(row)
+        tools, template_options = fields.tools(row), fields.template_options(row)
         if self.kind == "text":
-            if tools or told:
+            if tools or template_options:
                 raise fields.RowError(
                     '"tools" or "chat_template_kwargs" is set, but plain text has no chat template', "take them out"
                 )
             return trees
         prompts = [fields.prompt_with_system(row, t.prompt) for t in trees]
-        if not tools and not told and all(p is t.prompt for p, t in zip(prompts, trees, strict=True)):
+        if not tools and not template_options and all(p is t.prompt for p, t in zip(prompts, trees, strict=True)):
             return trees
         return tuple(
-            replace(t, prompt=p, tools=tools, template_options=told) for p, t in zip(prompts, trees, strict=True)
+            replace(t, prompt=p, tools=tools, template_options=template_options)
+            for p, t in zip(prompts, trees, strict=True)
         )
 
     def unused(self, rows: Iterable[Fields], options: Fields) -> list[str]:
         """Non-empty columns of these rows that conversion does not read, followed by such keys of turns, in order."""
-        there: dict[str, None] = {}
+        present: dict[str, None] = {}
         turns: list[Turn] = []
         used = {*self.columns, *(self.group.reads if self.group else ())}
-        ours = self.name in LAYOUTS
-        for given in rows:
-            found: list[Turn] = []
-            row = _TrackedRow({n: _track(v, str(n), found) for n, v in given.items()}) if ours else UserRow(given)
+        is_builtin = self.name in LAYOUTS
+        for raw_row in rows:
+            row_turns: list[Turn] = []
+            row = (
+                _TrackedRow({n: _track(v, str(n), row_turns) for n, v in raw_row.items()})
+                if is_builtin
+                else UserRow(raw_row)
+            )
             try:
                 if self.group is None:
                     self.convert(row, options)
             except fields.RowError:  # conversion stopped halfway, so nothing is known of the rest
                 continue
             used |= row.used
-            turns += found
-            there |= dict.fromkeys(name for name, value in given.items() if fields.is_nonempty(value))
-        return [c for c in there if c not in used] + _unused_of_turns(turns)
+            turns += row_turns
+            present |= dict.fromkeys(name for name, value in raw_row.items() if fields.is_nonempty(value))
+        return [c for c in present if c not in used] + _unused_of_turns(turns)
 
     def fits(self, row: Fields) -> bool:
         """Whether a row looks like this layout."""
@@ -252,24 +257,24 @@ class Layout:
         """The example, converted with the default options."""
         return self.convert(self.example if self.group is None else self.group.fold((self.example, *self.rest)), {})
 
-    def settings(self, given: Fields, where: str = "data.layout_options") -> dict[str, Any]:
+    def settings(self, values: Fields, where: str = "data.layout_options") -> dict[str, Any]:
         """All options: the user's values, and defaults for the rest.
 
         Raises:
             ConfigError: an option that this layout does not have, or a value that it does not allow.
         """
-        for name in given:
+        for name in values:
             if name not in self.options:
-                there = f"it has {', '.join(self.options)}" if self.options else "it has no options"
-                raise ConfigError(f"{where}.{name}", f"is not an option of the layout {self.name}", there)
-        return {n: o.check(given[n], f"{where}.{n}") if n in given else o.default for n, o in self.options.items()}
+                advice = f"it has {', '.join(self.options)}" if self.options else "it has no options"
+                raise ConfigError(f"{where}.{name}", f"is not an option of the layout {self.name}", advice)
+        return {n: o.check(values[n], f"{where}.{n}") if n in values else o.default for n, o in self.options.items()}
 
     def kind_of(self, options: Fields) -> str:
         """The kind of data that these options yield."""
         for name, option in self.options.items():
-            chosen = options.get(name, option.default)
-            if chosen in option.kinds:
-                return option.kinds[chosen]
+            choice = options.get(name, option.default)
+            if choice in option.kinds:
+                return option.kinds[choice]
         return self.kind
 
 
@@ -289,12 +294,12 @@ def layout(
     """
 
     def register(convert: Converter) -> Converter:
-        about = {"options": {}, **_TABLE[name]}
-        options = {n: Option(**{**o, "choices": tuple(o.get("choices", ()))}) for n, o in about["options"].items()}
-        takes = len(inspect.signature(convert).parameters)
-        about |= {"options": options, "turn": convert if takes == 2 else lambda row, _: convert(row)}
-        about |= {"columns": tuple(about.get("columns", ())), "rest": tuple(about.get("rest", ()))}
-        LAYOUTS[name] = Layout(name, **about, check=check, group=group)
+        entry = {"options": {}, **_TABLE[name]}
+        options = {n: Option(**{**o, "choices": tuple(o.get("choices", ()))}) for n, o in entry["options"].items()}
+        arity = len(inspect.signature(convert).parameters)
+        entry |= {"options": options, "turn": convert if arity == 2 else lambda row, _: convert(row)}
+        entry |= {"columns": tuple(entry.get("columns", ())), "rest": tuple(entry.get("rest", ()))}
+        LAYOUTS[name] = Layout(name, **entry, check=check, group=group)
         return convert
 
     return register

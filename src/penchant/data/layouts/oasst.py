@@ -18,10 +18,10 @@ def fold(rows: Sequence[Fields]) -> Fields:
     """Nest the flat messages of one tree."""
     nodes: dict[str, dict[str, Any]] = {}
     for row in rows:
-        name = fields.as_text(row.get("message_id"), '"message_id"')
-        if name in nodes:
-            raise RowError(f"the message {fields.shown(name)} is listed twice", "drop one of them")
-        nodes[name] = {**row, "replies": []}
+        message_id = fields.as_text(row.get("message_id"), '"message_id"')
+        if message_id in nodes:
+            raise RowError(f"the message {fields.shown(message_id)} is listed twice", "drop one of them")
+        nodes[message_id] = {**row, "replies": []}
     roots = []
     for node in nodes.values():
         parent = node.get("parent_id")
@@ -44,21 +44,21 @@ def _key(row: Fields) -> str:
 @layout("oasst", check=lambda row: isinstance(row["prompt"], Mapping))
 def oasst(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     """A prompt tree for each prompt of a message tree that has the answers that `use` asks for."""
-    found = tuple(
+    trees = tuple(
         tree
         for path, replies in _prompts_with_replies(fields.mapping(row, "prompt"))
         for tree in _USES[options["use"]](path, replies)
     )
-    if not found:
+    if not trees:
         raise LeftOut(_NOTHING[options["use"]], f"{fields.NOTHING_WRONG}; choose another data.layout_options.use")
-    return found
+    return trees
 
 
 def _prompts_with_replies(root: Mapping[str, Any]) -> Iterator[tuple[tuple[Message, ...], list[Mapping[str, Any]]]]:
     """Each prompt of a tree: the messages up to it, and the replies to it that are not deleted. Iterative, for deep trees."""
-    waiting: list[tuple[tuple[Message, ...], Mapping[str, Any]]] = [((), root)]
-    while waiting:
-        before, node = waiting.pop()
+    stack: list[tuple[tuple[Message, ...], Mapping[str, Any]]] = [((), root)]
+    while stack:
+        before, node = stack.pop()
         if node.get("deleted") is True:
             continue
         path = (*before, _message(node))
@@ -67,7 +67,7 @@ def _prompts_with_replies(root: Mapping[str, Any]) -> Iterator[tuple[tuple[Messa
             for reply in replies:
                 _message(reply)
             yield path, replies
-        waiting += [(path, r) for r in reversed(replies)]
+        stack += [(path, r) for r in reversed(replies)]
 
 
 def _message(node: Mapping[str, Any]) -> Message:
@@ -88,8 +88,8 @@ def _replies(node: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _ranked(replies: Sequence[Mapping[str, Any]]) -> list[tuple[float, str]]:
     """(rank, text) of the ranked answers, best first; rank 0 is the best."""
-    known = [(fields.finite(r.get("rank")), r["text"]) for r in replies if r.get("role") == "assistant"]
-    return sorted(((rank, text) for rank, text in known if rank is not None), key=lambda r: r[0])
+    answers = [(fields.finite(r.get("rank")), r["text"]) for r in replies if r.get("role") == "assistant"]
+    return sorted(((rank, text) for rank, text in answers if rank is not None), key=lambda r: r[0])
 
 
 def _pair(path: tuple[Message, ...], better: tuple[float, str], worse: tuple[float, str]) -> PromptTree:

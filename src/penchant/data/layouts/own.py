@@ -44,10 +44,10 @@ def _load_checked(name: str, sha256: str | None, where: str) -> Layout:
     """`own_layout`, cached; `sha256` is part of the key so that an edited file is read again."""
     function = python_function(name, where, ())
     try:
-        made = function()
+        instance = function()
     except Exception as error:
         raise ConfigError(where, f"{name} cannot be made ({type(error).__name__}: {error})", "fix it") from error
-    layout = replace(made, name=name) if isinstance(made, Layout) else _layout_of(made, name, where)
+    layout = replace(instance, name=name) if isinstance(instance, Layout) else _layout_of(instance, name, where)
     missing = [c for c in layout.columns if c not in layout.example]
     if missing:
         raise ConfigError(where, f"{name}: its example has no column {missing[0]!r}", "add it to the example")
@@ -57,16 +57,16 @@ def _load_checked(name: str, sha256: str | None, where: str) -> Layout:
         what = f"{name}: its example does not convert: {error.what}"
         raise ConfigError(where, what, error.how or "fix it") from error
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        raise ConfigError(where, f"{name}: its example does not convert ({said})", "fix it") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ConfigError(where, f"{name}: its example does not convert ({cause})", "fix it") from error
     if not trees:
         raise ConfigError(where, f"{name}: its example gives nothing", "give a row that becomes an example")
     return layout
 
 
-def _layout_of(made: Any, name: str, where: str) -> Layout:
-    convert, kind, columns = (getattr(made, n, None) for n in ("convert", "kind", "columns"))
-    example = getattr(made, "example", None)
+def _layout_of(layout_object: Any, name: str, where: str) -> Layout:
+    convert, kind, columns = (getattr(layout_object, n, None) for n in ("convert", "kind", "columns"))
+    example = getattr(layout_object, "example", None)
     if not callable(convert):
         raise ConfigError(where, f"{name} has no method convert(row)", DESCRIBED)
     if kind not in KINDS:
@@ -75,17 +75,24 @@ def _layout_of(made: Any, name: str, where: str) -> Layout:
         raise ConfigError(where, f"{name}: its columns are {columns!r}", "give a tuple of names")
     if not isinstance(example, Mapping):
         raise ConfigError(where, f"{name} has no example", "set example to a row that it converts")
-    turn = _converter(
+    converter = _converter(
         convert, str(kind), Path(name.rpartition(":")[0]).name + ":" + name.rpartition(":")[2], columns or ()
     )
-    about = (type(made).__doc__ or "a layout of your own").strip().splitlines()[0].rstrip(".")
+    summary = (type(layout_object).__doc__ or "a layout of your own").strip().splitlines()[0].rstrip(".")
     return Layout(
-        name, str(kind), tuple(columns or ()), turn, about, example, "a file of yours", shows="of your own layout"
+        name,
+        str(kind),
+        tuple(columns or ()),
+        converter,
+        summary,
+        example,
+        "a file of yours",
+        shows="of your own layout",
     )
 
 
 def _converter(
-    convert: Callable[[Fields], Any], kind: str, short: str, columns: tuple[str, ...]
+    convert: Callable[[Fields], Any], kind: str, display_name: str, columns: tuple[str, ...]
 ) -> Callable[[Fields, Fields], tuple[PromptTree, ...]]:
     def tree_of(item: Any) -> PromptTree:
         if isinstance(item, Mapping):
@@ -93,27 +100,29 @@ def _converter(
         elif isinstance(item, PromptTree):
             tree = item
         else:
-            raise RowError(f"{short} returned {type(item).__name__}, not a row or a PromptTree", DESCRIBED)
+            raise RowError(f"{display_name} returned {type(item).__name__}, not a row or a PromptTree", DESCRIBED)
         if not KINDS[kind](tree):
-            raise RowError(f"{short} returned an example that is not of kind {kind}", DESCRIBED)
+            raise RowError(f"{display_name} returned an example that is not of kind {kind}", DESCRIBED)
         return tree
 
-    def turn(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
+    def convert_row(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
         missing = [c for c in columns if c not in row]
         if missing:
-            raise RowError(f"has no column {missing[0]!r}, which {short} needs", "fix the row, or map data.columns")
+            raise RowError(
+                f"has no column {missing[0]!r}, which {display_name} needs", "fix the row, or map data.columns"
+            )
         try:
-            found = convert(row if isinstance(row, UserRow) else dict(row))
+            result = convert(row if isinstance(row, UserRow) else dict(row))
         except RowError:
             raise
         except Exception as error:
-            what = f"cannot be converted by {short} ({type(error).__name__}: {error})"
+            what = f"cannot be converted by {display_name} ({type(error).__name__}: {error})"
             raise RowError(what, "fix the row or the layout") from error
-        if found is None:
-            raise LeftOut(f"is left out by {short}", "return an example for it to keep it")
-        trees = tuple(tree_of(item) for item in (found if isinstance(found, (list, tuple)) else [found]))
+        if result is None:
+            raise LeftOut(f"is left out by {display_name}", "return an example for it to keep it")
+        trees = tuple(tree_of(item) for item in (result if isinstance(result, (list, tuple)) else [result]))
         if not trees:
-            raise RowError(f"gives no example in {short}", "return None to leave a row out")
+            raise RowError(f"gives no example in {display_name}", "return None to leave a row out")
         return trees
 
-    return turn
+    return convert_row

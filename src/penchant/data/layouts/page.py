@@ -36,12 +36,12 @@ def kinds(layout: Layout) -> str:
 
 def text() -> str:
     """Every layout in two lines."""
-    wide = max(map(len, LAYOUTS))
+    width = max(map(len, LAYOUTS))
     lines = []
     for name, layout in LAYOUTS.items():
         options = f"  options: {', '.join(layout.options)}" if layout.options else ""
-        lines.append(f"{name:<{wide}}  {kinds(layout):<18}  {layout.summary}")
-        lines.append(f"{'':<{wide}}  {'':<18}  {layout.source}{options}")
+        lines.append(f"{name:<{width}}  {kinds(layout):<18}  {layout.summary}")
+        lines.append(f"{'':<{width}}  {'':<18}  {layout.source}{options}")
     return "\n".join(lines)
 
 
@@ -105,7 +105,7 @@ def tree_lines(tree: PromptTree, longest: int = LONGEST) -> list[str]:
         else [(m.role, _reasoning_note(m.reasoning) + m.said) for m in tree.prompt]
     )
     turns = [*template_variables(tree).items(), *turns]
-    lines = [line for name, said in turns for line in _labeled_lines(name, said, longest)]
+    lines = [line for name, content in turns for line in _labeled_lines(name, content, longest)]
     names = PAIR_NAMES if len(tree.completions) == 2 else NAMES
     for answer in tree.completions:
         score = "" if answer.score is None else f" ({answer.score:g})"
@@ -125,17 +125,17 @@ def _reasoning_note(reasoning: str) -> str:
     return f"[reasoning: {reasoning}] " if reasoning else ""
 
 
-def _labeled_lines(name: str, said: Any, longest: int) -> list[str]:
-    said = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
-    cut = f" ... ({len(said):,} characters)" if len(said) > longest else ""
-    first, *rest = [printable(line) for line in said[:longest].split("\n")]
+def _labeled_lines(name: str, value: Any, longest: int) -> list[str]:
+    value = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    suffix = f" ... ({len(value):,} characters)" if len(value) > longest else ""
+    first, *rest = [printable(line) for line in value[:longest].split("\n")]
     lines = [f"  {name}: {first}", *(f"      {line}" for line in rest)]
-    return [*lines[:-1], lines[-1] + cut]
+    return [*lines[:-1], lines[-1] + suffix]
 
 
-def rows_text(shown: Sequence[tuple[str, Sequence[str]]]) -> str:
+def rows_text(blocks: Sequence[tuple[str, Sequence[str]]]) -> str:
     """One block per place, with its lines below it."""
-    return "\n\n".join("\n".join([printable(where), *lines]) for where, lines in shown)
+    return "\n\n".join("\n".join([printable(where), *lines]) for where, lines in blocks)
 
 
 # ---- The page docs/data_formats.md ----
@@ -179,28 +179,28 @@ class Preview:
 
     def to_text(self) -> str:
         """The preview for a terminal."""
-        blocks = [(t.source, tree_lines(t)) for made in self.shown for t in made.trees]
-        aside = [
-            (q.where, ["  " + printable(f"{'left out' if made.left_out else 'kept aside'}: {q.what}; {q.how}")])
-            for made in self.shown
-            for q in made.aside[:1]
+        blocks = [(t.source, tree_lines(t)) for converted in self.shown for t in converted.trees]
+        aside_blocks = [
+            (q.where, ["  " + printable(f"{'left out' if converted.left_out else 'kept aside'}: {q.what}; {q.how}")])
+            for converted in self.shown
+            for q in converted.aside[:1]
         ]
-        return "\n\n".join(filter(None, (printable(self.headline), rows_text(blocks), rows_text(aside))))
+        return "\n\n".join(filter(None, (printable(self.headline), rows_text(blocks), rows_text(aside_blocks))))
 
     def to_json(self) -> dict[str, Any]:
         """The preview as JSON."""
-        found = self.stream.detection
+        detection = self.stream.detection
         return {
             "file": self.name,
             "layout": self.stream.shape,
-            "why": None if found is None else found.why,
-            "others": [] if found is None else list(found.others),
+            "why": None if detection is None else detection.why,
+            "others": [] if detection is None else list(detection.others),
             "unused": list(self.stream.columns.unused),
-            "examples": [{"where": t.source, **tree_json(t)} for made in self.shown for t in made.trees],
+            "examples": [{"where": t.source, **tree_json(t)} for converted in self.shown for t in converted.trees],
             "aside": [
-                {"where": q.where, "what": q.what, "how": q.how, "left_out": made.left_out}
-                for made in self.shown
-                for q in made.aside
+                {"where": q.where, "what": q.what, "how": q.how, "left_out": converted.left_out}
+                for converted in self.shown
+                for q in converted.aside
             ],
         }
 

@@ -45,25 +45,27 @@ def from_pairs(row: Fields) -> PromptTree:
 
 def _multi_turn_pair(row: Fields, sides: tuple[tuple[Message, ...], tuple[Message, ...]]) -> PromptTree:
     """A pair of conversations that differ in several turns; all answers are trained on from the first that differs."""
-    at = next(i for i, (a, b) in enumerate(itertools.zip_longest(*sides)) if a != b)
-    here = [turns[at] if at < len(turns) else None for turns in sides]
-    if any(m is None or m.role != "assistant" for m in here):
+    first_difference = next(i for i, (a, b) in enumerate(itertools.zip_longest(*sides)) if a != b)
+    differing = [turns[first_difference] if first_difference < len(turns) else None for turns in sides]
+    if any(m is None or m.role != "assistant" for m in differing):
         what = "the conversations before the two answers differ, first in what is said to the assistant"
         raise RowError(what, "both must answer the same prompt")
-    prompt = fields.join_prompt(row, sides[0][:at]) if at else fields.prompt(row)
-    made = pair(prompt, sides[0][at], sides[1][at], row)
-    each = []
-    for name, answer, turns in zip(("chosen", "rejected"), made.completions, sides, strict=True):
-        given = row[name]
-        learned = [
-            m.role == "assistant" and (len(given) != len(turns) or fields.is_trained(given[i]))
+    prompt = fields.join_prompt(row, sides[0][:first_difference]) if first_difference else fields.prompt(row)
+    tree = pair(prompt, sides[0][first_difference], sides[1][first_difference], row)
+    completions = []
+    for name, answer, turns in zip(("chosen", "rejected"), tree.completions, sides, strict=True):
+        raw_turns = row[name]
+        trained = [
+            m.role == "assistant" and (len(raw_turns) != len(turns) or fields.is_trained(raw_turns[i]))
             for i, m in enumerate(turns)
         ]
-        if not (learned[at] and learned[-1]):
+        if not (trained[first_difference] and trained[-1]):
             raise LeftOut(f'an answer of "{name}" that is compared has weight 0', fields.NOTHING_WRONG)
-        more = tuple(replace(m, trained=on) for m, on in zip(turns, learned, strict=True))[at + 1 :]
-        each.append(replace(answer, more=more))
-    return replace(made, completions=tuple(each))
+        more = tuple(replace(m, trained=is_learned) for m, is_learned in zip(turns, trained, strict=True))[
+            first_difference + 1 :
+        ]
+        completions.append(replace(answer, more=more))
+    return replace(tree, completions=tuple(completions))
 
 
 def are_transcripts(row: Fields) -> bool:
@@ -73,9 +75,9 @@ def are_transcripts(row: Fields) -> bool:
 
 
 def _shares_start(row: Fields) -> bool:
-    asked = {"prompt", "instruction", "question", "input", "conversations", "messages"}
+    prompt_columns = {"prompt", "instruction", "question", "input", "conversations", "messages"}
     return (
-        not asked & row.keys()
+        not prompt_columns & row.keys()
         and isinstance(row["chosen"], str)
         and not are_transcripts(row)
         and not any(_may_be_prompt(name, value) for name, value in row.items())
@@ -102,8 +104,8 @@ def from_implicit_pairs(row: Fields) -> PromptTree:
     chosen, rejected = fields.text(row, "chosen"), fields.text(row, "rejected")
     if chosen == rejected:
         raise RowError('"chosen" equals "rejected"', "drop the row")
-    ends = min(len(chosen), len(rejected))
-    shared = chosen[: next((i for i in range(ends) if chosen[i] != rejected[i]), ends)]
+    shorter = min(len(chosen), len(rejected))
+    shared = chosen[: next((i for i in range(shorter) if chosen[i] != rejected[i]), shorter)]
     word = "" if not shared or shared[-1].isspace() else shared.split()[-1]  # the shared start of a word
     prompt = shared[: len(shared) - len(word)].rstrip()  # the space belongs to the answer
     if not prompt:
@@ -146,12 +148,12 @@ def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     last = fields.last_answer_tree(turns, conversation_name(row))
     if options["turns"] == "last":
         return (last,)
-    given = row[conversation_name(row)]
-    skipped = len(turns) - len(given)  # the system prompt of a column
-    for turn in given:
+    raw_turns = row[conversation_name(row)]
+    offset = len(turns) - len(raw_turns)  # the system prompt of a column
+    for turn in raw_turns:
         if fields.as_message(turn, "a turn").role == "assistant":
             fields.reject_rated(turn, " of a turn")
-    trees = tuple(t for t in every_answer(turns) if fields.is_trained(given[len(t.prompt) - skipped]))
+    trees = tuple(t for t in every_answer(turns) if fields.is_trained(raw_turns[len(t.prompt) - offset]))
     if not trees:
         raise LeftOut("all its answers have weight 0: they are not to be learned", fields.NOTHING_WRONG)
     return trees if options["turns"] == "every" else (all_answers(turns, [len(t.prompt) for t in trees]),)
@@ -167,10 +169,10 @@ def conversation(row: Fields) -> tuple[Message, ...]:
     return fields.with_system(row, fields.messages(row, conversation_name(row)))
 
 
-def all_answers(messages: tuple[Message, ...], learned: Sequence[int]) -> PromptTree:
-    """One tree that trains on the answers of a conversation at the indices `learned` (ascending)."""
-    first, last = learned[0], learned[-1]
-    more = tuple(replace(m, trained=i in learned) for i, m in enumerate(messages[: last + 1]))[first + 1 :]
+def all_answers(messages: tuple[Message, ...], answer_indices: Sequence[int]) -> PromptTree:
+    """One tree that trains on the answers of a conversation at `answer_indices` (ascending)."""
+    first, last = answer_indices[0], answer_indices[-1]
+    more = tuple(replace(m, trained=i in answer_indices) for i, m in enumerate(messages[: last + 1]))[first + 1 :]
     return PromptTree(messages[:first], (replace(fields.completion(messages[first]), more=more),))
 
 
@@ -258,9 +260,15 @@ def pair(prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, row: Fi
 
 
 def scored_pair(
-    prompt: Prompt, chosen: fields.Answer, rejected: fields.Answer, good: float | None, bad: float | None
+    prompt: Prompt,
+    chosen: fields.Answer,
+    rejected: fields.Answer,
+    chosen_score: float | None,
+    rejected_score: float | None,
 ) -> PromptTree:
     """A pair with both scores, or with neither if one is missing."""
-    if good is None or bad is None:
-        good = bad = None
-    return PromptTree(prompt, (fields.completion(chosen, True, good), fields.completion(rejected, False, bad)))
+    if chosen_score is None or rejected_score is None:
+        chosen_score = rejected_score = None
+    return PromptTree(
+        prompt, (fields.completion(chosen, True, chosen_score), fields.completion(rejected, False, rejected_score))
+    )

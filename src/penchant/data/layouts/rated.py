@@ -33,11 +33,11 @@ def ultrafeedback(row: Fields, options: Fields) -> PromptTree:
     """One tree with all answers of an instruction, each with its score."""
     answers = []
     for i, answer in enumerate(fields.items(row, "completions")):
-        what = f'"completions"[{i}]'
+        place = f'"completions"[{i}]'
         if not isinstance(answer, Mapping):
-            raise RowError(f"{what} is not an object", 'write {"response": "...", "annotations": {...}}')
-        text = fields.as_text(answer.get("response"), f'the "response" of {what}')
-        answers.append((text, _rating(answer, options, what)))
+            raise RowError(f"{place} is not an object", 'write {"response": "...", "annotations": {...}}')
+        text = fields.as_text(answer.get("response"), f'the "response" of {place}')
+        answers.append((text, _rating(answer, options, place)))
     return ranked_tree((Message("user", fields.text(row, "instruction")),), answers)
 
 
@@ -52,18 +52,18 @@ def _rating(answer: Mapping[str, Any], options: Fields, what: str) -> float:
 def _aspect(name: str) -> Any:
     def read(answer: Mapping[str, Any]) -> float | None:
         annotations = answer.get("annotations")
-        found = annotations.get(name) if isinstance(annotations, Mapping) else None
-        if isinstance(found, list):  # the published JSON wraps some of them in a list of one
-            found = found[0] if found else None
-        return fields.finite(found.get("Rating")) if isinstance(found, Mapping) else None
+        annotation = annotations.get(name) if isinstance(annotations, Mapping) else None
+        if isinstance(annotation, list):  # the published JSON wraps some of them in a list of one
+            annotation = annotation[0] if annotation else None
+        return fields.finite(annotation.get("Rating")) if isinstance(annotation, Mapping) else None
 
     return read
 
 
 def _fine_grained_score(answer: Mapping[str, Any]) -> float | None:
-    given = fields.finite(answer.get("fine-grained_score"))
-    if given is not None:
-        return given
+    score = fields.finite(answer.get("fine-grained_score"))
+    if score is not None:
+        return score
     ratings = [r for r in (_aspect(a)(answer) for a in ASPECTS) if r is not None]
     return sum(ratings) / len(ratings) if ratings else None
 
@@ -91,8 +91,8 @@ def helpsteer_prompt(text: str) -> tuple[Message, ...]:
     parts = _SPLIT.split(text)
     names = ["User", *parts[1::2]]
     turns = tuple(
-        Message(name.lower(), fields.as_text(said, f"turn {i + 1} of the prompt").strip())
-        for i, (name, said) in enumerate(zip(names, parts[::2], strict=True))
+        Message(name.lower(), fields.as_text(content, f"turn {i + 1} of the prompt").strip())
+        for i, (name, content) in enumerate(zip(names, parts[::2], strict=True))
     )
     if turns[-1].role != "user":
         raise RowError('"prompt" does not end with a user turn', "drop the row")
@@ -163,13 +163,13 @@ def distilabel(row: Fields) -> PromptTree:
 def from_ranked(row: Fields) -> PromptTree:
     """A prompt with a list of completions, and a list of their scores (higher is better) or ranks (1 is best)."""
     name = "scores" if row.get("scores") is not None else "ranks"
-    answers, given = fields.items(row, "completions"), fields.items(row, name)
-    if len(answers) != len(given):
-        raise RowError(f"{len(answers)} completions have {len(given)} {name}", "give each completion one")
-    scores = [fields.finite(value) for value in given]
+    answers, values = fields.items(row, "completions"), fields.items(row, name)
+    if len(answers) != len(values):
+        raise RowError(f"{len(answers)} completions have {len(values)} {name}", "give each completion one")
+    scores = [fields.finite(value) for value in values]
     for i, score in enumerate(scores):
         if score is None:
-            raise RowError(f'"{name}"[{i}] is {fields.shown(given[i])!r}', RATE)
+            raise RowError(f'"{name}"[{i}] is {fields.shown(values[i])!r}', RATE)
     texts = [fields.as_text(text, f'"completions"[{i}]') for i, text in enumerate(answers)]
     sign = 1.0 if name == "scores" else -1.0
     return ranked_tree(fields.prompt(row), [(t, sign * s) for t, s in zip(texts, scores, strict=True) if s is not None])
@@ -186,10 +186,10 @@ def argilla_ratings(row: Fields, options: Fields) -> PromptTree:
 def _argilla_rating(row: Fields, question: str, rated_by: str) -> float:
     people = _mean_submitted(row, question)
     model = fields.finite(row.get(f"{question}.suggestion"))
-    found = {"people": people, "model": model, "either": people if people is not None else model}[rated_by]
-    if found is None:
+    rating = {"people": people, "model": model, "either": people if people is not None else model}[rated_by]
+    if rating is None:
         raise RowError(f'"{question}" has no {_RATED_BY[rated_by]}', "choose data.layout_options.rated_by, or " + RATE)
-    return found
+    return rating
 
 
 _RATED_BY = {"people": "submitted response", "model": "suggestion", "either": "response and no suggestion"}
@@ -202,8 +202,8 @@ def _mean_submitted(row: Fields, question: str) -> float | None:
         return None
     states = status if isinstance(status, list) and len(status) == len(values) else ["submitted"] * len(values)
     ratings = [fields.finite(v) for v, s in zip(values, states, strict=True) if s == "submitted"]
-    known = [r for r in ratings if r is not None]
-    return sum(known) / len(known) if known else None
+    valid = [r for r in ratings if r is not None]
+    return sum(valid) / len(valid) if valid else None
 
 
 @layout("argilla_pairs", check=lambda row: {"chosen_response", "rejected_response"} <= row.keys() or _has_rating(row))
@@ -217,8 +217,8 @@ def argilla_pairs(row: Fields) -> PromptTree:
 
 
 def _has_question(row: Fields) -> bool:
-    asks = "question" in row or "input" in row
-    return asks and not {"prompt", "instruction"} & row.keys() and isinstance(row["chosen"], str)
+    has_question = "question" in row or "input" in row
+    return has_question and not {"prompt", "instruction"} & row.keys() and isinstance(row["chosen"], str)
 
 
 @layout("orca_pairs", check=_has_question)

@@ -93,13 +93,13 @@ def shards_of(path: str | Sequence[str], bounds: Bounds | None = None) -> list[S
     Raises:
         DataError: as `named_files`.
     """
-    made: list[Shard] = []
+    shards: list[Shard] = []
     for name, file in named_files(path):
         parts = [] if file is None else _parts(name, file, bounds or BOUNDS.get() or Bounds())
         if not parts:
             return []
-        made += parts
-    return made
+        shards += parts
+    return shards
 
 
 def _parts(name: str, file: Path, bounds: Bounds) -> list[Shard]:
@@ -117,16 +117,16 @@ def _parts(name: str, file: Path, bounds: Bounds) -> list[Shard]:
 
 
 def _lines(name: str, file: Path, stream: BinaryIO) -> list[Shard]:
-    made: list[Shard] = []
-    start = at = before = lines = 0
+    shards: list[Shard] = []
+    start = offset = before = lines = 0
     while block := stream.read(CHUNK):
-        if at + len(block) - start >= SHARD and (last := block.rfind(b"\n")) >= 0:
-            here = lines + block.count(b"\n")
-            made.append(Shard(name, str(file), start, at + last + 1, before))
-            start, before = at + last + 1, here
+        if offset + len(block) - start >= SHARD and (last := block.rfind(b"\n")) >= 0:
+            lines_read = lines + block.count(b"\n")
+            shards.append(Shard(name, str(file), start, offset + last + 1, before))
+            start, before = offset + last + 1, lines_read
         lines += block.count(b"\n")
-        at += len(block)
-    return [*made, Shard(name, str(file), start, at, before)] if at > start else made
+        offset += len(block)
+    return [*shards, Shard(name, str(file), start, offset, before)] if offset > start else shards
 
 
 def _row_groups(name: str, file: Path) -> list[Shard]:
@@ -137,15 +137,15 @@ def _row_groups(name: str, file: Path) -> list[Shard]:
         meta = pq.read_metadata(file)
     except (pa.ArrowException, OSError):
         return []  # the reader will report what is wrong
-    made: list[Shard] = []
-    start = before = rows = held = 0
+    shards: list[Shard] = []
+    start = before = rows = size = 0
     for i in range(meta.num_row_groups):
         group = meta.row_group(i)
-        rows, held = rows + group.num_rows, held + group.total_byte_size
-        if held >= SHARD or i + 1 == meta.num_row_groups:
-            made.append(Shard(name, str(file), start, i + 1, before))
-            start, before, held = i + 1, rows, 0
-    return made
+        rows, size = rows + group.num_rows, size + group.total_byte_size
+        if size >= SHARD or i + 1 == meta.num_row_groups:
+            shards.append(Shard(name, str(file), start, i + 1, before))
+            start, before, size = i + 1, rows, 0
+    return shards
 
 
 def read_shard(shard: Shard, bounds: Bounds | None = None) -> Rows:
@@ -177,9 +177,9 @@ def _read_hub(path: str) -> Rows:
         for number, values in enumerate(dataset, 1):
             yield Row(f"{path}: row {number}", values)
     except Exception as error:  # the library raises many kinds of errors: network, access, format
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        message = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         how = "check the name and the network; for gated data accept its terms on its page and set HF_TOKEN"
-        raise DataError(path, f"could not be read from the hub ({first})", how) from error
+        raise DataError(path, f"could not be read from the hub ({message})", how) from error
 
 
 _READERS: dict[str, Callable[[Source], Rows]] = {

@@ -20,7 +20,7 @@ _SHEET = ("is a spreadsheet", "export it as CSV (UTF-8), and name that file")
 _PICKLE = ("is a pickle, which is never read: it can run code", "write the rows as JSONL or Parquet")
 _ARROW = (
     "is an Arrow file",
-    "write it as Parquet, e.g. datasets.Dataset.from_file(NAME).toread_parquet(NAME.parquet) in Python",
+    'write it as Parquet, e.g. datasets.Dataset.from_file("NAME").to_parquet("NAME.parquet") in Python',
 )
 _OTHERS = {
     **dict.fromkeys((".xlsx", ".xlsm", ".xls", ".ods", ".numbers"), _SHEET),
@@ -82,10 +82,10 @@ def find_files(path: str) -> list[Path] | None:
     """
     file = Path(path).expanduser()
     try:
-        there = os.stat(file)
-        if stat.S_ISDIR(there.st_mode):
+        info = os.stat(file)
+        if stat.S_ISDIR(info.st_mode):
             return _in_folder(path, file)
-        if not stat.S_ISREG(there.st_mode):
+        if not stat.S_ISREG(info.st_mode):
             raise DataError(path, "is a pipe or a device", "write the rows to a file: they are read more than once")
         if not ending(file.name):
             kind = file.suffix.lower()
@@ -93,7 +93,7 @@ def find_files(path: str) -> list[Path] | None:
                 raise unreadable_error(path, kind)
             what = f'the ending "{file.suffix}" is not known'
             raise DataError(path, what, f"rename it to what it holds: {READABLE}")
-        if there.st_size == 0:
+        if info.st_size == 0:
             raise DataError(path, "the file is empty", "give a file with at least one row")
         with file.open("rb"):
             return [file]
@@ -112,8 +112,8 @@ def _pattern(path: str, file: Path) -> list[Path] | None:
         if not names:
             raise DataError(path, "no file matches the pattern", "check the pattern, and where you start from")
         return [f for name in names for f in find_files(glob.escape(name) if name == path else name) or ()]
-    named = re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", path) is not None
-    if named and not path.startswith(".") and Path(path).suffix not in (*ENDINGS, *_OTHERS):  # a hub id
+    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", path) is not None
+    if looks_like_id and not path.startswith(".") and Path(path).suffix not in (*ENDINGS, *_OTHERS):  # a hub id
         return None
     raise DataError(path, "no such file", _sibling(file))
 
@@ -130,8 +130,8 @@ def _in_folder(path: str, folder: Path) -> list[Path]:
     kinds = {ending(f.name) for f in files}
     splits = {m[0].lower() for f in files if (m := _SPLITS.match(f.name))}
     if len(kinds) > 1 or len(splits) > 1:
-        some = ", ".join(printable(f.name) for f in files[:4]) + (", ..." if len(files) > 4 else "")
-        what = f"is a folder of different {'kinds' if len(kinds) > 1 else 'splits'} of files ({some})"
+        examples = ", ".join(printable(f.name) for f in files[:4]) + (", ..." if len(files) > 4 else "")
+        what = f"is a folder of different {'kinds' if len(kinds) > 1 else 'splits'} of files ({examples})"
         raise DataError(path, what, f'name one, or give a pattern: "{path}/{files[0].name.split("-")[0]}*"')
     return [file for f in files for file in find_files(str(f)) or ()]
 
@@ -143,32 +143,32 @@ def named_files(path: str | Sequence[str]) -> list[tuple[str, Path | None]]:
     Raises:
         DataError: as `find_files`, or a file is named twice.
     """
-    named: list[tuple[str, Path | None]] = []
-    for one in [path] if isinstance(path, str) else path:
-        found = find_files(str(one))
-        named += [(str(one), None)] if found is None else [(os.path.abspath(f), f) for f in found]
-    full = [name for name, _ in named]
-    if twice := repeated(full):
-        raise DataError(twice[0], "is named twice", "name each file once; train.epochs says how often rows are seen")
-    deep, names = [1] * len(full), full
+    entries: list[tuple[str, Path | None]] = []
+    for item in [path] if isinstance(path, str) else path:
+        files = find_files(str(item))
+        entries += [(str(item), None)] if files is None else [(os.path.abspath(f), f) for f in files]
+    full_names = [name for name, _ in entries]
+    if repeats := repeated(full_names):
+        raise DataError(repeats[0], "is named twice", "name each file once; train.epochs says how often rows are seen")
+    depths, names = [1] * len(full_names), full_names
     while True:
-        names = [n if f is None else "/".join(Path(n).parts[-k:]) for (n, f), k in zip(named, deep, strict=True)]
+        names = [n if f is None else "/".join(Path(n).parts[-k:]) for (n, f), k in zip(entries, depths, strict=True)]
         if len(set(names)) == len(names):
-            return [(name, file) for name, (_, file) in zip(names, named, strict=True)]
-        same = set(repeated(names))
-        deep = [k + (name in same) for name, k in zip(names, deep, strict=True)]
+            return [(name, file) for name, (_, file) in zip(names, entries, strict=True)]
+        ambiguous = set(repeated(names))
+        depths = [k + (name in ambiguous) for name, k in zip(names, depths, strict=True)]
 
 
 def ending(name: str) -> str:
     """The ending of a file's format, without ``.gz``; empty if it cannot be read."""
     lower = name.lower()
-    found = Path(lower.removesuffix(".gz")).suffix
-    return found if found in ENDINGS and not (found == ".parquet" and lower.endswith(".gz")) else ""
+    suffix = Path(lower.removesuffix(".gz")).suffix
+    return suffix if suffix in ENDINGS and not (suffix == ".parquet" and lower.endswith(".gz")) else ""
 
 
 def _sibling(file: Path) -> str:
     try:
-        near = closest_file(file)
+        suggestion = closest_file(file)
     except OSError:
-        near = ""
-    return f"did you mean {near}?" if near else "check the path; a hub id is written owner/name"
+        suggestion = ""
+    return f"did you mean {suggestion}?" if suggestion else "check the path; a hub id is written owner/name"

@@ -57,12 +57,12 @@ _HAS_LIST = re.compile(rf'"({"|".join(LISTS)})"\s*:\s*\[\s*(\{{|$)')
 
 def _first_lines(source: Source) -> Iterator[str | BadRow]:
     """The first two lines that are not blank."""
-    found = 0
+    count = 0
     for _, text in source.texts():
         if isinstance(text, BadRow) or text.strip():
             yield text
-            found += 1
-        if found == 2:
+            count += 1
+        if count == 2:
             return
 
 
@@ -88,7 +88,7 @@ class _Decoder:
         self._fast = json.JSONDecoder(object_pairs_hook=self._object)
         self._slow = json.JSONDecoder(object_pairs_hook=self._object, parse_int=self._integer)
 
-    def read(self, text: str, at: int) -> tuple[Any, int]:
+    def read(self, text: str, start: int) -> tuple[Any, int]:
         """The value at a position, and where it ends.
 
         Raises:
@@ -96,17 +96,17 @@ class _Decoder:
         """
         self.odd = None
         try:
-            return self._fast.raw_decode(text, at)
+            return self._fast.raw_decode(text, start)
         except json.JSONDecodeError:
             raise
         except ValueError:  # an integer with more digits than Python reads
-            return self._slow.raw_decode(text, at)
+            return self._slow.raw_decode(text, start)
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
             self.odd = _duplicate_keys_message(repeated(name for name, _ in pairs)[0])
-        return made
+        return members
 
     def _integer(self, digits: str) -> int:
         try:
@@ -139,18 +139,20 @@ def _json_line(where: str, text: str, bounds: Bounds, decoder: _Decoder) -> Row 
     return _row(where, value, decoder, text, at, end, bounds)
 
 
-def _row(where: str, value: Any, decoder: _Decoder, text: str, at: int, end: int, bounds: Bounds) -> Row | BadRow:
+def _row(where: str, value: Any, decoder: _Decoder, text: str, start: int, end: int, bounds: Bounds) -> Row | BadRow:
     """A value that was read from a text, as a row."""
     if decoder.odd is not None:
-        return BadRow(where, *decoder.odd, text[at : min(end, at + SHOWN)])
-    brackets = text.count("[", at, end) + text.count("{", at, end)
-    if brackets > bounds.nesting and _end(text[at:end])[1] > bounds.nesting:
-        return _too_deep(where, text[at : at + SHOWN], bounds)
+        return BadRow(where, *decoder.odd, text[start : min(end, start + SHOWN)])
+    brackets = text.count("[", start, end) + text.count("{", start, end)
+    if brackets > bounds.nesting and _end(text[start:end])[1] > bounds.nesting:
+        return _too_deep(where, text[start : start + SHOWN], bounds)
     if isinstance(value, dict):
         return Row(where, value)
     names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     what = f"is a JSON {names[type(value)]}, not an object"
-    return BadRow(where, what, 'write {"prompt": ..., "chosen": ..., "rejected": ...}', text[at : min(end, at + SHOWN)])
+    return BadRow(
+        where, what, 'write {"prompt": ..., "chosen": ..., "rejected": ...}', text[start : min(end, start + SHOWN)]
+    )
 
 
 def _too_deep(where: str, text: str, bounds: Bounds) -> BadRow:
@@ -161,10 +163,10 @@ def _too_deep(where: str, text: str, bounds: Bounds) -> BadRow:
 _TOKENS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
-def _end(text: str, at: int = 0) -> tuple[int, int]:
+def _end(text: str, start: int = 0) -> tuple[int, int]:
     """Where a list or object ends (-1: not in this text), and how deep it is nested."""
     depth = deepest = 0
-    for token in _TOKENS.finditer(text, at):
+    for token in _TOKENS.finditer(text, start):
         if token[0] in "[{":
             depth += 1
             deepest = max(deepest, depth)
@@ -180,8 +182,8 @@ def _end(text: str, at: int = 0) -> tuple[int, int]:
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")  # concatenated files have byte order marks inside
 
 
-def _skip(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+def _skip(text: str, start: int) -> int:
+    return _SPACE.match(text, start).end()  # type: ignore[union-attr]  # it matches nothing too
 
 
 class _Values:
@@ -190,26 +192,26 @@ class _Values:
     def __init__(self, source: Source) -> None:
         self.source, self.name, self.bounds = source, source.name, source.bounds
         self._decode = codecs.getincrementaldecoder("utf-8")()
-        self._held, self._at, self._ended = "", 0, False
-        self._line, self._counted, self._lines = 1, 0, 0  # the line number at `_counted`; line ends read so far
-        self._forgotten = 0  # characters before the held text
-        self._number, self._before = 0, 0  # number of rows, and the line of the last one
+        self._text, self._position, self._ended = "", 0, False
+        self._line, self._counted_to, self._lines = 1, 0, 0  # the line number at `_counted_to`; line ends read so far
+        self._dropped_chars = 0  # characters before the held text
+        self._number, self._last_line = 0, 0  # number of rows, and the line of the last one
         self._decoder = _Decoder()
 
     def rows(self) -> Rows:
         """The rows of all lists, and all objects."""
-        kind, found = "", 0
+        kind, count = "", 0
         while start := self._peek():
-            found += 1
+            count += 1
             if start == "[":
                 kind = "list"
                 yield from self._list()
             elif start == "{":
                 row, names = yield from self._object()
                 kind = "object"
-                if row is not None and found == 1 and not self._peek():
-                    some = ", ".join(printable(n) for n in names[:6]) or "nothing"
-                    what = f'is one JSON object over several lines without a "data" list (it holds {some})'
+                if row is not None and count == 1 and not self._peek():
+                    listing = ", ".join(printable(n) for n in names[:6]) or "nothing"
+                    what = f'is one JSON object over several lines without a "data" list (it holds {listing})'
                     raise DataError(self.name, what, "give a list of objects, or JSONL")
                 if row is not None:
                     yield row
@@ -218,143 +220,147 @@ class _Values:
                 raise DataError(self._place(), what, "give a list of objects, or JSONL")
 
     def _list(self) -> Rows:
-        self._at += 1
+        self._position += 1
         number = 0
         while (following := self._peek()) != "]":
             if number and following == ",":
-                self._at += 1
+                self._position += 1
                 self._peek()
             elif number and following:
                 raise self._invalid(f"no comma after row {self._number}")
             yield self._value(f"row {self._number + 1}", row=True)
             number += 1
-        self._at += 1
+        self._position += 1
 
     def _object(self) -> Any:
         """Read an object: yield the rows of its list; return the object as a row if it has none, and its keys."""
-        line, listed = self._line_number(), ""
-        found: dict[str, Any] = {}
+        line, list_key = self._line_number(), ""
+        members: dict[str, Any] = {}
         columns: set[str] = set()
-        held, odd, mark = 0, None, ""
-        self._at += 1
+        size, problem, separator = 0, None, ""
+        self._position += 1
         while self._peek() != "}":
-            if mark:
+            if separator:
                 self._expect(",")
-            mark = ","
+            separator = ","
             key, _ = self._value("a key")
             if not isinstance(key, str):
                 raise self._invalid("a key is not a string")
             self._expect(":")
             if key in LISTS and self._peek() == "[" and self._starts_rows():
-                if listed:
-                    raise self._two_lists_error(listed, key)
-                listed = key
+                if list_key:
+                    raise self._two_lists_error(list_key, key)
+                list_key = key
                 for row in self._list():
                     columns = columns or set(row.values if isinstance(row, Row) else ())
                     yield row
                 continue
-            start = self._forgotten + self._at
-            value, wrong = self._value(f'the value of "{printable(key[:100])}"')
-            held += self._forgotten + self._at - start
-            if held > self.bounds.bytes:
+            start = self._dropped_chars + self._position
+            value, value_problem = self._value(f'the value of "{printable(key[:100])}"')
+            size += self._dropped_chars + self._position - start
+            if size > self.bounds.bytes:
                 raise self.source.too_long(f"{self.name}:{line}", "the object")
-            if key in found:
-                odd = _duplicate_keys_message(key)
-            odd = odd or wrong
-            found[key] = value
-        self._at += 1
-        for key, value in found.items() if listed else ():
+            if key in members:
+                problem = _duplicate_keys_message(key)
+            problem = problem or value_problem
+            members[key] = value
+        self._position += 1
+        for key, value in members.items() if list_key else ():
             if _holds_rows(value) and (key in LISTS or columns & {k for r in value if isinstance(r, dict) for k in r}):
-                raise self._two_lists_error(listed, key)
-        if listed:
+                raise self._two_lists_error(list_key, key)
+        if list_key:
             return None, []
         where = self._row_place(line)
-        return (BadRow(where, *odd, str(found)[:SHOWN]) if odd else Row(where, found)), list(found)
+        return (BadRow(where, *problem, str(members)[:SHOWN]) if problem else Row(where, members)), list(members)
 
-    def _two_lists_error(self, first: str, second: str) -> DataError:
-        what = f'holds two lists of rows, "{printable(first)}" and "{printable(second[:100])}"'
+    def _two_lists_error(self, first_key: str, second_key: str) -> DataError:
+        what = f'holds two lists of rows, "{printable(first_key)}" and "{printable(second_key[:100])}"'
         return DataError(self.name, what, "write each to a file of its own, and name those that you mean")
 
     def _starts_rows(self) -> bool:
         """Whether the list here starts with an object."""
-        at = self._at
-        while (here := _skip(self._held, at + 1)) >= len(self._held) and not self._ended:
+        at = self._position
+        while (position := _skip(self._text, at + 1)) >= len(self._text) and not self._ended:
             self._read_more(CHUNK)
-            at = self._at
-        return self._held[here : here + 1] == "{"
+            at = self._position
+        return self._text[position : position + 1] == "{"
 
     def _expect(self, mark: str) -> None:
         if self._peek() != mark:
             raise self._invalid(f"no {mark!r} there")
-        self._at += 1
+        self._position += 1
         self._peek()
 
     def _value(self, what: str, row: bool = False) -> Any:
         """The value at this position, as a row or with what is wrong with it."""
-        want = CHUNK
+        size = CHUNK
         where = self._row_place(self._line_number()) if row else ""
         while True:
             try:
-                value, end = self._decoder.read(self._held, self._at)
-                deep = False
+                value, end = self._decoder.read(self._text, self._position)
+                too_deep = False
             except RecursionError:
-                (end, depth), value, deep = _end(self._held, self._at), None, True
+                (end, depth), value, too_deep = _end(self._text, self._position), None, True
                 if depth > HOPELESS:
-                    made = _too_deep(self._place(), "", self.bounds)
-                    raise DataError(made.where, made.what, made.how) from None
+                    bad = _too_deep(self._place(), "", self.bounds)
+                    raise DataError(bad.where, bad.what, bad.how) from None
             except json.JSONDecodeError as error:
-                cut = error.pos > len(self._held) - 16 or error.msg.startswith("Unterminated")
+                cut = error.pos > len(self._text) - 16 or error.msg.startswith("Unterminated")
                 if self._ended or not cut:
-                    short = "is not closed: the file ends" if self._at >= len(self._held) else "is cut short or damaged"
-                    raise self._invalid(f"{what} {short}") from error
-                end, deep = -1, False
-            if end - self._at > self.bounds.bytes:
+                    fault = (
+                        "is not closed: the file ends"
+                        if self._position >= len(self._text)
+                        else "is cut short or damaged"
+                    )
+                    raise self._invalid(f"{what} {fault}") from error
+                end, too_deep = -1, False
+            if end - self._position > self.bounds.bytes:
                 raise self.source.too_long(self._place(), what)
-            if end >= 0 and (end < len(self._held) or self._ended):  # else a number may continue in the next block
+            if end >= 0 and (end < len(self._text) or self._ended):  # else a number may continue in the next block
                 break
-            if len(self._held) - self._at > self.bounds.bytes:
+            if len(self._text) - self._position > self.bounds.bytes:
                 raise self.source.too_long(self._place(), what)
             if self._ended:
                 raise self._invalid(f"{what} is cut short or damaged")
-            self._read_more(want)
-            want *= 2
-        at, self._at = self._at, end
-        if deep:
-            made = _too_deep(where, self._held[at : at + SHOWN], self.bounds)
-            return made if row else (None, (made.what, made.how))
+            self._read_more(size)
+            size *= 2
+        start, self._position = self._position, end
+        if too_deep:
+            bad = _too_deep(where, self._text[start : start + SHOWN], self.bounds)
+            return bad if row else (None, (bad.what, bad.how))
         if not row:
             return value, self._decoder.odd
-        return _row(where, value, self._decoder, self._held, at, end, self.bounds)
+        return _row(where, value, self._decoder, self._text, start, end, self.bounds)
 
     def _row_place(self, line: int) -> str:
         """The place of the next row, on this line; rows on the same line also get a number."""
         self._number += 1
-        same, self._before = line <= self._before, line
-        return f"{self.name}:{line} (row {self._number})" if same else f"{self.name}:{line}"
+        same_line, self._last_line = line <= self._last_line, line
+        return f"{self.name}:{line} (row {self._number})" if same_line else f"{self.name}:{line}"
 
     def _place(self) -> str:
         return f"{self.name}:{self._line_number()}"
 
     def _line_number(self) -> int:
-        self._line += self._held.count("\n", self._counted, self._at)
-        self._counted = self._at
+        self._line += self._text.count("\n", self._counted_to, self._position)
+        self._counted_to = self._position
         return self._line
 
     def _peek(self) -> str:
         """The next character that is not white space; empty at the end."""
-        while (here := _skip(self._held, self._at)) >= len(self._held) and not self._ended:
-            self._at = len(self._held)
+        while (position := _skip(self._text, self._position)) >= len(self._text) and not self._ended:
+            self._position = len(self._text)
             self._read_more(CHUNK)
-        self._at = here
-        return self._held[here : here + 1]
+        self._position = position
+        return self._text[position : position + 1]
 
-    def _read_more(self, want: int) -> None:
+    def _read_more(self, min_characters: int) -> None:
         """Read on, and drop the text that is done with."""
         self._line_number()
-        parts, got = [self._held[self._at :]], 0
-        self._forgotten += self._at
-        self._at = self._counted = 0
-        while got < want:
+        parts, count = [self._text[self._position :]], 0
+        self._dropped_chars += self._position
+        self._position = self._counted_to = 0
+        while count < min_characters:
             block = self.source.read()
             try:
                 text = self._decode.decode(block, final=not block)
@@ -364,11 +370,11 @@ class _Values:
                 raise DataError(place, *not_utf8(error.object[start:], error.start - start, self.name)) from error
             self._lines += block.count(b"\n")
             parts.append(text)
-            got += len(text)
+            count += len(text)
             if not block:
                 self._ended = True
                 break
-        self._held = "".join(parts)
+        self._text = "".join(parts)
 
-    def _invalid(self, why: str) -> DataError:
-        return DataError(self._place(), f"is not valid JSON ({why})", "the file may be cut; fetch or copy it again")
+    def _invalid(self, reason: str) -> DataError:
+        return DataError(self._place(), f"is not valid JSON ({reason})", "the file may be cut; fetch or copy it again")

@@ -33,10 +33,10 @@ class Bounds(Section):
     def bytes(self) -> int:
         return int(self.row_mb * 2**20)
 
-    def how(self, name: str, rest: str) -> str:
+    def how(self, name: str, fix: str) -> str:
         """Advice for a row over a bound: fix it, or raise the bound."""
-        now = getattr(self, name) * 2
-        return f"{rest}, or raise the bound: data.bounds.{name}={now:g} in a config, --bound {name}={now:g} for penchant data"
+        doubled = getattr(self, name) * 2
+        return f"{fix}, or raise the bound: data.bounds.{name}={doubled:g} in a config, --bound {name}={doubled:g} for penchant data"
 
 
 class Missing(str):
@@ -99,7 +99,7 @@ class Source:
     def __init__(self, stream: BinaryIO, name: str, bounds: Bounds, shard: Shard | None = None) -> None:
         self.name, self.bounds, self._stream, self._unpacked = name, bounds, stream, 0
         self._gzip: gzip.GzipFile | None = None
-        self._shard, self._left = shard, 0
+        self._shard, self._bytes_left = shard, 0
         if shard is not None:
             self.rewind()
             return
@@ -119,15 +119,15 @@ class Source:
     def rewind(self) -> None:
         """Go back to the start."""
         (self._stream if self._gzip is None else self._gzip).seek(self._shard.start if self._shard else 0)
-        self._left = self._shard.end - self._shard.start if self._shard else 0
+        self._bytes_left = self._shard.end - self._shard.start if self._shard else 0
         self._unpacked = 0
 
     def read(self) -> bytes:
         """The next block; empty at the end."""
         if self._gzip is None:
-            most = min(CHUNK, self._left) if self._shard else CHUNK
-            block: bytes = self._stream.read1(most)  # type: ignore[attr-defined]  # at most one request for a remote file
-            self._left -= len(block)
+            limit = min(CHUNK, self._bytes_left) if self._shard else CHUNK
+            block: bytes = self._stream.read1(limit)  # type: ignore[attr-defined]  # at most one request for a remote file
+            self._bytes_left -= len(block)
             return block
         block = self._gzip.read(CHUNK)
         self._unpacked += len(block)
@@ -140,24 +140,24 @@ class Source:
     def lines(self, blank: bool = False) -> Iterator[tuple[int, bytes]]:
         """(number, line) of every line, split at LF or, in a file without LF, at CR; `blank`: empty lines too."""
         number, end = (self._shard.before, b"\n") if self._shard else (0, b"")
-        rest, held, limit = [b""], 0, self.bounds.bytes
+        rest, rest_bytes, limit = [b""], 0, self.bounds.bytes
         while block := self.read():
             end = end or line_end(block)
-            found = block.split(end)
-            rest.append(found[0])
-            held += len(found[0])
-            if len(found) > 1:
-                found[0], last = b"".join(rest), found.pop()
-                rest, held = [last], len(last)
+            pieces = block.split(end)
+            rest.append(pieces[0])
+            rest_bytes += len(pieces[0])
+            if len(pieces) > 1:
+                pieces[0], last = b"".join(rest), pieces.pop()
+                rest, rest_bytes = [last], len(last)
                 if not number:
-                    found[0] = found[0].removeprefix(codecs.BOM_UTF8)
-                for line in found:
+                    pieces[0] = pieces[0].removeprefix(codecs.BOM_UTF8)
+                for line in pieces:
                     number += 1
                     if blank or (line and line != b"\r"):
                         if len(line) > limit:
                             raise self.too_long(f"{self.name}:{number}", "the line")
                         yield number, line
-            if held > limit:
+            if rest_bytes > limit:
                 raise self.too_long(f"{self.name}:{number + 1}", "the line")
         if last := b"".join(rest):
             yield number + 1, last if number else last.removeprefix(codecs.BOM_UTF8)
@@ -213,8 +213,8 @@ def _wide_encoding(head: bytes) -> str:
 
 def _text(line: bytes, where: str, name: str) -> str | BadRow:
     if b"\0" in line:
-        what, shown = f"holds a NUL byte (column {line.index(0) + 1})", line[:SHOWN].decode("utf-8", "backslashreplace")
-        return BadRow(where, what, "the file is damaged or binary; export it again", shown)
+        what, head = f"holds a NUL byte (column {line.index(0) + 1})", line[:SHOWN].decode("utf-8", "backslashreplace")
+        return BadRow(where, what, "the file is damaged or binary; export it again", head)
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -222,15 +222,15 @@ def _text(line: bytes, where: str, name: str) -> str | BadRow:
         return BadRow(where, what, how, line[:SHOWN].decode("utf-8", "backslashreplace"))
 
 
-def not_utf8(line: bytes, at: int, name: str) -> tuple[str, str]:
+def not_utf8(line: bytes, offset: int, name: str) -> tuple[str, str]:
     """What is wrong at a byte of a line, and how to fix it."""
-    around = line[max(0, at - SHOWN) : at + SHOWN]
+    around = line[max(0, offset - SHOWN) : offset + SHOWN]
     try:
         around.decode("cp1252")
         encoding = "CP1252"  # what Windows writes; 0x80 is the euro sign there, and a control character in Latin-1
     except UnicodeDecodeError:
         encoding = "GB18030" if _decodes(around, "gb18030") else "LATIN1"
-    what = f"is not UTF-8 (byte 0x{line[at]:02x} at column {at + 1}; {encoding}?)"
+    what = f"is not UTF-8 (byte 0x{line[offset]:02x} at column {offset + 1}; {encoding}?)"
     return what, _recode_advice(name, encoding)
 
 
@@ -248,18 +248,18 @@ def _recode_advice(name: str, encoding: str) -> str:
 def documents(source: Source) -> Rows:
     """One row per document; documents are separated by blank lines."""
     parts: list[str] = []
-    start, held = "", 0
+    start, size = "", 0
     for where, text in source.texts(blank=True):
         if isinstance(text, BadRow):
             yield text
         elif text.strip():
             start = start if parts else where
             parts.append(text)
-            held += len(text) + 1
-            if held > source.bounds.bytes:
+            size += len(text) + 1
+            if size > source.bounds.bytes:
                 raise source.too_long(start, "the text without a blank line")
         elif parts:
             yield Row(start, {"text": "\n".join(parts)})
-            parts, held = [], 0
+            parts, size = [], 0
     if parts:
         yield Row(start, {"text": "\n".join(parts)})

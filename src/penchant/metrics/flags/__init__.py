@@ -37,12 +37,12 @@ OF_COMPARISON = of_training.OF_COMPARISON | of_comparison.OF_COMPARISON
 LIMITS = of_training.LIMITS | of_comparison.LIMITS  # constants filled into the texts of rules.yaml
 
 
-def _make_rule(name: str, said: dict[str, Any]) -> Rule:
-    what = said["what"].format(**LIMITS)
-    return Rule(name, **said | {"what": what}, of_run=OF_RUN.get(name), of_comparison=OF_COMPARISON.get(name))
+def _make_rule(name: str, entry: dict[str, Any]) -> Rule:
+    what = entry["what"].format(**LIMITS)
+    return Rule(name, **entry | {"what": what}, of_run=OF_RUN.get(name), of_comparison=OF_COMPARISON.get(name))
 
 
-RULES = {name: _make_rule(name, said) for name, said in packaged_yaml(__package__, "rules.yaml").items()}
+RULES = {name: _make_rule(name, entry) for name, entry in packaged_yaml(__package__, "rules.yaml").items()}
 
 
 def run_flags(
@@ -63,7 +63,7 @@ def run_flags(
         section = (config or {}).get("trust")
         trust = TrustConfig.model_validate(section) if isinstance(section, Mapping) else TrustConfig()
     view = RunView(lines, config or {}, audit or {}, trust, samples)
-    return _sorted_flags((rule, seen) for rule in RULES.values() if rule.of_run and (seen := rule.of_run(view)))
+    return _sorted_flags((rule, finding) for rule in RULES.values() if rule.of_run and (finding := rule.of_run(view)))
 
 
 def comparison_flags(
@@ -75,11 +75,11 @@ def comparison_flags(
         figures: comparison.json; rows: of comparison.jsonl, needed for the win rate at equal length if `figures` lacks it.
     """
     view = ComparisonView(figures, rows, trust or TrustConfig())
-    return _sorted_flags((r, seen) for r in RULES.values() if r.of_comparison for seen in r.of_comparison(view))
+    return _sorted_flags((r, finding) for r in RULES.values() if r.of_comparison for finding in r.of_comparison(view))
 
 
-def _sorted_flags(found: Iterable[tuple[Rule, Finding]]) -> list[Flag]:
-    return sorted((rule.flag(seen) for rule, seen in found), key=lambda f: f.level != "warning")
+def _sorted_flags(findings: Iterable[tuple[Rule, Finding]]) -> list[Flag]:
+    return sorted((rule.flag(finding) for rule, finding in findings), key=lambda f: f.level != "warning")
 
 
 # ---- Flags of folders: read a run or a comparison, write flags.json, print flags ----
@@ -108,20 +108,20 @@ def _compute_flags(path: Path) -> list[Flag]:
         return _run_folder_flags(folder)
     if (folder / COMPARISON).exists():
         check_intact(folder / COMPARISON, "compare again")
-        found = read_folder(folder)
-        if not found.comparison:
+        contents = read_folder(folder)
+        if not contents.comparison:
             raise CheckpointError(str(folder / COMPARISON), "cannot be read", "compare again")
-        return comparison_flags(found.comparison, found.comparison_rows)
+        return comparison_flags(contents.comparison, contents.comparison_rows)
     how = "give a run's folder, or that of a comparison"
     raise CheckpointError(str(folder), f"holds neither {METRICS} nor {COMPARISON}", how)
 
 
 def write_flags(run: Path, say: Callable[[str], None] = lambda _: None) -> list[Flag]:
     """Return the flags of a run, warnings first, and write them to RUN/flags.json; `say` gets a note if that cannot be written."""
-    found = _run_folder_flags(run)
+    flags = _run_folder_flags(run)
     with optional_write(run / FLAGS, say):
-        write_summed(run / FLAGS, json.dumps([f.to_json() for f in found], indent=1, ensure_ascii=False))
-    return found
+        write_summed(run / FLAGS, json.dumps([f.to_json() for f in flags], indent=1, ensure_ascii=False))
+    return flags
 
 
 def _run_folder_flags(path: Path) -> list[Flag]:
@@ -168,14 +168,14 @@ def _wrap(text: str) -> list[str]:
 
 def _format_values(e: Evidence) -> str:
     """Format values with their steps; only the first and last ones if there are many."""
-    shown = [
+    texts = [
         format_number(v) + (f" (step {s:,})" if s is not None else "")
         for v, s in zip(e.values, e.steps or (None,) * len(e.values), strict=False)
     ]
-    if len(shown) > SHOWN:
+    if len(texts) > SHOWN:
         half = SHOWN // 2
-        shown = [*shown[:half], f"... {len(shown) - SHOWN} more ...", *shown[-half:]]
-    return ", ".join(shown)
+        texts = [*texts[:half], f"... {len(texts) - SHOWN} more ...", *texts[-half:]]
+    return ", ".join(texts)
 
 
 def markdown() -> str:
@@ -184,7 +184,7 @@ def markdown() -> str:
     lines = ["| key | default | |", "|---|---|---|"]
     lines += [f"| `trust.{name}` | `{info.default}` | {info.description} |" for name, info in fields.items()]
     for rule in RULES.values():
-        of = [what for what, check in (("runs", rule.of_run), ("comparisons", rule.of_comparison)) if check]
+        of = [kind for kind, check in (("runs", rule.of_run), ("comparisons", rule.of_comparison)) if check]
         keys = ", ".join(f"`trust.{t}` = {fields[t].default}" for t in rule.thresholds)
         lines += ["", f"### {rule.name}", "", f"*{rule.title[0].upper()}{rule.title[1:]}.* For {' and '.join(of)}.", ""]
         lines += [f"- **When:** {rule.what}", f"- **Needs:** {rule.needs}."]

@@ -31,22 +31,22 @@ def _length_of_run(run: RunView) -> Finding | None:
     series = [run.held_out_points(name) for name in names]
     if not all(series) or len({s[-1].step for s in series}) > 1:
         return None
-    right, controlled, agreement, longer = (s[-1] for s in series)
-    if right.bounds()[0] <= 0.5:
+    accuracy, controlled, agreement, longer = (s[-1] for s in series)
+    if accuracy.bounds()[0] <= 0.5:
         return None  # nothing was learned that length could explain
     label = "accuracy, at equal length, agreement with length, of the rule alone"
     values = [s[-1].value for s in series]
-    sides = agreement.bounds()
-    said = f"At step {right.step:,} the accuracy on held-out pairs is {format_share(right)}"
-    if controlled.bounds()[0] <= 0.5 and not sides[0] <= 0.5 <= sides[1]:
-        which = "longer" if agreement.value > 0.5 else "shorter"
-        often = percent(max(agreement.value, 1 - agreement.value))
-        explained = f"{format_share(controlled)} at equal length: the {which} answer is preferred in {often} of pairs."
-        return finding(f"{said}, but {explained}", label, *values)
-    alone = max(longer.value, 1 - longer.value)
-    if right.value <= alone and replace(longer, value=alone).bounds()[0] > 0.5:
-        which = "longer" if longer.value > 0.5 else "shorter"
-        sentence = f"{said}; preferring the {which} answer gets {percent(alone)} right without reading it."
+    bounds = agreement.bounds()
+    start = f"At step {accuracy.step:,} the accuracy on held-out pairs is {format_share(accuracy)}"
+    if controlled.bounds()[0] <= 0.5 and not bounds[0] <= 0.5 <= bounds[1]:
+        side = "longer" if agreement.value > 0.5 else "shorter"
+        share = percent(max(agreement.value, 1 - agreement.value))
+        detail = f"{format_share(controlled)} at equal length: the {side} answer is preferred in {share} of pairs."
+        return finding(f"{start}, but {detail}", label, *values)
+    by_rule = max(longer.value, 1 - longer.value)
+    if accuracy.value <= by_rule and replace(longer, value=by_rule).bounds()[0] > 0.5:
+        side = "longer" if longer.value > 0.5 else "shorter"
+        sentence = f"{start}; preferring the {side} answer gets {percent(by_rule)} right without reading it."
         return finding(sentence, label, *values, level="note")
     return None
 
@@ -58,8 +58,8 @@ def _length_of_comparison(view: ComparisonView) -> Iterator[Finding]:
             continue
         raw, equal = pair
         wins, loses = raw.low > 0.5, raw.high < 0.5
-        kept = equal.low > 0.5 if wins else equal.high < 0.5
-        if not (wins or loses) or kept or abs(raw.estimate - equal.estimate) < APART:
+        remains = equal.low > 0.5 if wins else equal.high < 0.5
+        if not (wins or loses) or remains or abs(raw.estimate - equal.estimate) < APART:
             continue
         sentence = (
             f"The win rate of {name} against {view.first} is {_format_share(raw)}, but {_format_share(equal)} at equal length: length may be why it "
@@ -73,31 +73,31 @@ def _format_share(i: Interval) -> str:
 
 
 def _win_rates_from_figures(figures: Mapping[str, Any]) -> tuple[Interval, Interval] | None:
-    found = [
+    intervals = [
         Interval(value, *ci)
         for name in ("win_rate", "win_rate_equal_length")
         if (value := num(figures, name)) is not None and (ci := ci_of(figures, name)) is not None
     ]
-    return (found[0], found[1]) if len(found) == 2 else None
+    return (intervals[0], intervals[1]) if len(intervals) == 2 else None
 
 
 def _win_rates_from_rows(view: ComparisonView, name: str) -> tuple[Interval, Interval] | None:
     """Win rate, raw and at equal length, of a model's completions over the first model's, by the rewards in the rows."""
-    wins, mine, theirs, prompts = [], [], [], []
+    wins, lengths, other_lengths, prompts = [], [], [], []
     for row in view.rows:
         completions = row.get("completions") or {}
         a, b = completions.get(name), completions.get(view.first)
         if not a or not b or "reward" not in a or "reward" not in b:
             continue
         wins.append(float(a["reward"] > b["reward"]) + 0.5 * float(a["reward"] == b["reward"]))
-        mine.append(float(a["tokens"]))
-        theirs.append(float(b["tokens"]))
+        lengths.append(float(a["tokens"]))
+        other_lengths.append(float(b["tokens"]))
         prompts.append(str(row.get("prompt")))
     if len(set(prompts)) < 2:
         return None
     _, clusters = np.unique(np.array(prompts), return_inverse=True)
     return bootstrap_ci(wins, clusters=clusters, draws=2000), length_controlled_win_rate(
-        wins, mine, theirs, clusters=clusters, draws=500
+        wins, lengths, other_lengths, clusters=clusters, draws=500
     )
 
 
@@ -110,28 +110,28 @@ def _position_bias(view: ComparisonView) -> Iterator[Finding]:
         return
     low, high = point.bounds()
     if low > 0.5 + limit or high < 0.5 - limit:
-        which, asked = "first" if point.value > 0.5 else "second", int(view.judge.get("asked") or 0)
-        sentence = f"The judge names the {which} answer more often, whatever it is: the first one in {format_share(point)} of {asked:,} replies."
+        preferred, replies = "first" if point.value > 0.5 else "second", int(view.judge.get("asked") or 0)
+        sentence = f"The judge names the {preferred} answer more often, whatever it is: the first one in {format_share(point)} of {replies:,} replies."
         yield finding(sentence, "share of replies for the first answer", point.value, low, high)
 
 
 def _judge_failures(view: ComparisonView) -> Iterator[Finding]:
-    failed, asked = (int(view.judge.get(key) or 0) for key in ("failures", "asked"))
-    if asked and failed / asked > view.trust.judge_failures:
-        sentence = f"{failed:,} of {asked:,} replies of the judge ({percent(failed / asked)}) could not be read; they are left out."
-        yield finding(sentence, "share of replies that could not be read", failed / asked)
+    failed, replies = (int(view.judge.get(key) or 0) for key in ("failures", "asked"))
+    if replies and failed / replies > view.trust.judge_failures:
+        sentence = f"{failed:,} of {replies:,} replies of the judge ({percent(failed / replies)}) could not be read; they are left out."
+        yield finding(sentence, "share of replies that could not be read", failed / replies)
 
 
 def _judges_disagree(view: ComparisonView) -> Iterator[Finding]:
     for name, figures in view.others.items():
         low, high = figures.get("reward_change/ci") or (0.0, 0.0)
-        for other, by_it in (figures.get("also") or {}).items():
-            their_low, their_high = by_it.get("reward_change/ci") or (0.0, 0.0)
-            if not (low > 0 > their_high or high < 0 < their_low):
+        for other, other_figures in (figures.get("also") or {}).items():
+            other_low, other_high = other_figures.get("reward_change/ci") or (0.0, 0.0)
+            if not (low > 0 > other_high or high < 0 < other_low):
                 continue
-            change, theirs = float(figures["reward_change"]), float(by_it["reward_change"])
-            sentence = f"By the reward {name} gained {format_number(change)} over {view.first}, by {other} {format_number(theirs)}: they contradict each other."
-            yield finding(sentence, "change of reward, by both", change, theirs, about=name)
+            change, other_change = float(figures["reward_change"]), float(other_figures["reward_change"])
+            sentence = f"By the reward {name} gained {format_number(change)} over {view.first}, by {other} {format_number(other_change)}: they contradict each other."
+            yield finding(sentence, "change of reward, by both", change, other_change, about=name)
 
 
 # ---- Too few prompts or seeds to say much ----
@@ -141,15 +141,15 @@ def _prompts_of_run(run: RunView) -> Finding | None:
     rows = int(run.evals[-1].get("eval/rows") or 0) if run.evals else 0
     wins = run.held_out_points("win_rate")
     if 0 < rows < run.trust.prompts:
-        what, count, how = "held-out rows", rows, "hold more rows out (data.validation_rows)"
+        label, count, advice = "held-out rows", rows, "hold more rows out (data.validation_rows)"
     elif wins and 0 < wins[-1].n < run.trust.prompts:
-        what, count, how = "prompts whose completions are judged", wins[-1].n, "raise evaluation.kl_prompts"
+        label, count, advice = "prompts whose completions are judged", wins[-1].n, "raise evaluation.kl_prompts"
     else:
         return None
     sentence = (
-        f"Held-out figures rest on {count:,} {what}: their intervals are wide, and only large effects can be seen."
+        f"Held-out figures rest on {count:,} {label}: their intervals are wide, and only large effects can be seen."
     )
-    return finding(sentence, what, count, level="note", advice=f"To see more, {how}.")
+    return finding(sentence, label, count, level="note", advice=f"To see more, {advice}.")
 
 
 def _prompts_of_comparison(view: ComparisonView) -> Iterator[Finding]:
@@ -167,11 +167,11 @@ def _tied(view: ComparisonView) -> Iterator[Finding]:
 
 
 def _one_seed(view: ComparisonView) -> Iterator[Finding]:
-    given = mapping(view.figures.get("seeds"))
-    counts = {name: len(runs) if isinstance(runs := given.get(name), (dict, list)) else 1 for name in view.others}
-    one = [name for name, n in counts.items() if n < 2]
-    if one:
-        sentence = f"{', '.join(one)}: trained with one seed, so it is unknown what another seed would give."
+    seeds = mapping(view.figures.get("seeds"))
+    counts = {name: len(runs) if isinstance(runs := seeds.get(name), (dict, list)) else 1 for name in view.others}
+    single = [name for name, n in counts.items() if n < 2]
+    if single:
+        sentence = f"{', '.join(single)}: trained with one seed, so it is unknown what another seed would give."
         yield finding(sentence, "seeds of each setting", *counts.values(), level="note")
 
 

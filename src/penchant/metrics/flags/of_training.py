@@ -37,19 +37,20 @@ HARDLY_MOVED_ADVICE = "The policy hardly moved: raise train.lr, train longer, or
 
 
 def _kl_of_run(run: RunView) -> Finding | None:
-    found = run.latest("kl/policy_ref")
-    if found is None:
+    latest = run.latest("kl/policy_ref")
+    if latest is None:
         return None
-    now, series = found
+    now, series = latest
     low, high = run.trust.kl
-    shown = (make_evidence("KL to the start, nats per completion", series),)
-    said = f"The KL to the start is {format_number(now.value)} nats per completion at step {now.step:,}{format_interval(now)}"
+    evidence = (make_evidence("KL to the start, nats per completion", series),)
+    text = f"The KL to the start is {format_number(now.value)} nats per completion at step {now.step:,}{format_interval(now)}"
     if now.bounds()[0] > high:
         return Finding(
-            f"{said}, above trust.kl's {format_number(high)} since step {first_step_above(series, high):,}.", shown
+            f"{text}, above trust.kl's {format_number(high)} since step {first_step_above(series, high):,}.",
+            evidence,
         )
     if low > 0 and now.bounds()[1] < low:
-        return Finding(f"{said}, below trust.kl's {format_number(low)}.", shown, "note", advice=HARDLY_MOVED_ADVICE)
+        return Finding(f"{text}, below trust.kl's {format_number(low)}.", evidence, "note", advice=HARDLY_MOVED_ADVICE)
     return None
 
 
@@ -68,13 +69,13 @@ REFERENCE = "the reference's"
 def _log_points(points: Sequence[Point], run: RunView, name: str) -> list[Point]:
     """The logarithm of a ratio at every evaluation, with its standard error."""
     intervals = {int(m["step"]): m.get(f"eval/{name}/ci") for m in run.evals}
-    made = []
+    log_points = []
     for p in points:
         if p.value > 0:
             ci, log = intervals.get(p.step), math.log(p.value)
             logs = [math.log(x) for x in ci] if ci and min(ci) > 0 else None
-            made.append(Point(p.step, log, standard_error(log, logs, p.n), p.n))
-    return made
+            log_points.append(Point(p.step, log, standard_error(log, logs, p.n), p.n))
+    return log_points
 
 
 def _perplexity_series(run: RunView) -> tuple[Point, list[Point], str] | None:
@@ -84,31 +85,31 @@ def _perplexity_series(run: RunView) -> tuple[Point, list[Point], str] | None:
         series = _log_points(ratios, run, "perplexity_ratio/chosen")
         return series[-1], series, REFERENCE
     for name in ("perplexity/chosen", "perplexity"):
-        held = [p for p in run.held_out_points(name) if p.value > 0]
-        if len(held) > 1:
+        held_out = [p for p in run.held_out_points(name) if p.value > 0]
+        if len(held_out) > 1:
             # no standard error: on the same rows, an unchanged model gives exactly the same value
-            series = [Point(p.step, math.log(p.value / held[0].value)) for p in held]
-            return series[-1], series, f"that of step {held[0].step:,}"
-    lines, tokens = run.training_points("logratios/chosen"), run.chosen_tokens
-    now = window(lines)
+            series = [Point(p.step, math.log(p.value / held_out[0].value)) for p in held_out]
+            return series[-1], series, f"that of step {held_out[0].step:,}"
+    training, tokens = run.training_points("logratios/chosen"), run.chosen_tokens
+    now = window(training)
     if now is None or tokens is None or now.se is None:
         return None
-    series = smooth([Point(p.step, -p.value / tokens) for p in lines])
+    series = smooth([Point(p.step, -p.value / tokens) for p in training])
     return Point(now.step, -now.value / tokens, now.se / tokens, now.n), series, REFERENCE
 
 
 def _perplexity_of_run(run: RunView) -> Finding | None:
-    found = _perplexity_series(run)
-    if found is None:
+    latest = _perplexity_series(run)
+    if latest is None:
         return None
-    now, series, against = found
+    now, series, baseline = latest
     limit = math.log(run.trust.perplexity_ratio)
     if now.bounds()[0] <= limit:
         return None
-    ratio, most = math.exp(min(700.0, now.value)), run.trust.perplexity_ratio
-    answers = "chosen answers" if against == REFERENCE else "held-out answers"
+    ratio, threshold = math.exp(min(700.0, now.value)), run.trust.perplexity_ratio
+    answers = "chosen answers" if baseline == REFERENCE else "held-out answers"
     sentence = (
-        f"At step {now.step:,} the perplexity of {answers} is {format_number(ratio)} times {against}, above trust.perplexity_ratio's {format_number(most)} "
+        f"At step {now.step:,} the perplexity of {answers} is {format_number(ratio)} times {baseline}, above trust.perplexity_ratio's {format_number(threshold)} "
         f"since step {first_step_above(series, limit):,}."
     )
     return Finding(sentence, (make_evidence("logarithm of the perplexity ratio, nats per token", series),))
@@ -117,10 +118,10 @@ def _perplexity_of_run(run: RunView) -> Finding | None:
 def _perplexity_of_comparison(view: ComparisonView) -> Iterator[Finding]:
     base = num(view.models.get(view.first), "perplexity")
     for name, figures in view.others.items():
-        mine = num(figures, "perplexity")
-        if base is not None and mine is not None and 0 < base * view.trust.perplexity_ratio < mine:
-            sentence = f"Held-out chosen answers have a perplexity of {format_number(mine)} under {name}, {format_number(base)} under {view.first}: {format_number(mine / base)} times."
-            yield finding(sentence, "perplexity, first model and this one", base, mine, about=name)
+        perplexity = num(figures, "perplexity")
+        if base is not None and perplexity is not None and 0 < base * view.trust.perplexity_ratio < perplexity:
+            sentence = f"Held-out chosen answers have a perplexity of {format_number(perplexity)} under {name}, {format_number(base)} under {view.first}: {format_number(perplexity / base)} times."
+            yield finding(sentence, "perplexity, first model and this one", base, perplexity, about=name)
 
 
 # ---- Likelihood displacement: chosen answers become less likely too ----
@@ -130,7 +131,7 @@ LARGE = 0.1  # nats per token: each token of a chosen answer about 10% less like
 
 @dataclass(frozen=True, slots=True)
 class _LogpChange:
-    """Change of log-probs in nats per completion: now, and over the run (`series`); `first_step_above`: the baseline in words."""
+    """Change of log-probs in nats per completion: now, and over the run (`series`); `since`: the baseline in words."""
 
     chosen: Point
     rejected: Point | None
@@ -139,19 +140,19 @@ class _LogpChange:
 
 
 def _against_reference(run: RunView) -> _LogpChange | None:
-    found, rest = run.latest("logratios/chosen"), run.latest("logratios/rejected")
-    if found is None:
+    chosen, rejected = run.latest("logratios/chosen"), run.latest("logratios/rejected")
+    if chosen is None:
         return None
-    return _LogpChange(found[0], None if rest is None else rest[0], found[1], "under the reference")
+    return _LogpChange(chosen[0], None if rejected is None else rejected[0], chosen[1], "under the reference")
 
 
 def _against_start(run: RunView) -> _LogpChange | None:
     """For losses without a reference: held-out rows at the first and the last evaluation, or early and late training lines."""
-    found, rest = run.first_and_last("logps/chosen"), run.first_and_last("logps/rejected")
-    if found is None:
+    chosen_logps, rejected_logps = run.first_and_last("logps/chosen"), run.first_and_last("logps/rejected")
+    if chosen_logps is None:
         return None
-    first, last, points = found
-    rejected = None if rest is None else difference(rest[1], rest[0])
+    first, last, points = chosen_logps
+    rejected = None if rejected_logps is None else difference(rejected_logps[1], rejected_logps[0])
     series = [Point(p.step, p.value - first.value) for p in points]
     if len(run.held_out_points("logps/chosen")) > 1:  # on the same rows, so without noise
         return _LogpChange(series[-1], rejected, series, f"at step {first.step:,}")
@@ -166,22 +167,22 @@ def _per_token(run: RunView, chosen: Point) -> float | None:
 
 
 def _displacement(run: RunView) -> Finding | None:
-    found = _against_reference(run) or _against_start(run)
+    change = _against_reference(run) or _against_start(run)
     limit = run.trust.chosen_fall
-    if found is None or not found.chosen.bounds()[1] < -limit:
+    if change is None or not change.chosen.bounds()[1] < -limit:
         return None
-    chosen, rejected = found.chosen, found.rejected
+    chosen, rejected = change.chosen, change.rejected
     per_token = _per_token(run, chosen)
-    start = first_step_above([Point(p.step, -p.value) for p in found.series], limit)
-    token = "" if per_token is None else f", {format_number(-per_token)} per token"
+    start = first_step_above([Point(p.step, -p.value) for p in change.series], limit)
+    token_clause = "" if per_token is None else f", {format_number(-per_token)} per token"
     sentence = (
-        f"From step {start:,} on chosen answers are less likely than {found.since}: by {format_number(-chosen.value)} nats per completion at step "
-        f"{chosen.step:,}{format_interval(replace(chosen, value=-chosen.value))}{token}."
+        f"From step {start:,} on chosen answers are less likely than {change.since}: by {format_number(-chosen.value)} nats per completion at step "
+        f"{chosen.step:,}{format_interval(replace(chosen, value=-chosen.value))}{token_clause}."
     )
     rejected_fell_less = rejected is not None and rejected.value >= chosen.value
-    shown = [make_evidence("change of the log-prob of chosen answers, nats per completion", found.series)]
+    evidence = [make_evidence("change of the log-prob of chosen answers, nats per completion", change.series)]
     if rejected is not None:
-        moved = (
+        movement = (
             f"fell by {format_number(-rejected.value)}"
             if rejected.value < 0
             else f"rose by {format_number(rejected.value)}"
@@ -191,10 +192,10 @@ def _displacement(run: RunView) -> Finding | None:
             if rejected_fell_less
             else "."
         )
-        sentence += f" Rejected answers {moved}{ending}"
-        shown.append(make_evidence("the same for rejected answers, last", [rejected]))
+        sentence += f" Rejected answers {movement}{ending}"
+        evidence.append(make_evidence("the same for rejected answers, last", [rejected]))
     strong = rejected_fell_less or rejected is None or (per_token is not None and per_token < -LARGE)
-    return Finding(sentence, tuple(shown), "warning" if strong else "note")
+    return Finding(sentence, tuple(evidence), "warning" if strong else "note")
 
 
 # ---- Completions that become longer, and data that teach length ----
@@ -209,10 +210,10 @@ LENGTH_ADVICE = (
 
 
 def _length_of_run(run: RunView) -> Finding | None:
-    bias, grown = _length_bias(run.audit), _length_growth(run)
-    if bias is None or grown is None:
-        return grown or bias
-    return Finding(f"{grown.sentence} {bias.sentence}", (*grown.evidence, *bias.evidence))
+    bias, growth = _length_bias(run.audit), _length_growth(run)
+    if bias is None or growth is None:
+        return growth or bias
+    return Finding(f"{growth.sentence} {bias.sentence}", (*growth.evidence, *bias.evidence))
 
 
 def _length_growth(run: RunView) -> Finding | None:
@@ -221,44 +222,44 @@ def _length_growth(run: RunView) -> Finding | None:
         return None
     first, last, series = lengths
     longer = difference(last, first, run.trust.length_ratio).bounds()[0] > 0
-    cut = ended is not None and difference(ended[0], ended[1]).bounds()[0] > FEWER_ENDED
-    if not longer and not cut:
+    fewer_ended = ended is not None and difference(ended[0], ended[1]).bounds()[0] > FEWER_ENDED
+    if not longer and not fewer_ended:
         return None
     sentence = (
         f"Completions went from {format_number(first.value)} tokens at step {first.step:,} to {format_number(last.value)} at step {last.step:,}"
         f"{format_interval(last)}"
     )
-    shown = [make_evidence("tokens of a completion", series)]
+    evidence = [make_evidence("tokens of a completion", series)]
     if ended is not None:
         sentence += f", and {percent(ended[1].value)} of them end by themselves, {percent(ended[0].value)} before"
-        shown.append(make_evidence("share of completions that end by themselves", ended[2]))
-    return Finding(f"{sentence}.", tuple(shown))
+        evidence.append(make_evidence("share of completions that end by themselves", ended[2]))
+    return Finding(f"{sentence}.", tuple(evidence))
 
 
 def _length_bias(audit: Mapping[str, Any]) -> Finding | None:
     """A note if the chosen answer of the data is the longer one more often than `LONGER_CHOSEN`."""
-    found = (audit.get("findings") or {}).get("length_bias") or {}
-    count, of = found.get("count"), found.get("of")
-    if not isinstance(count, int) or not isinstance(of, int) or of <= 0:
+    entry = (audit.get("findings") or {}).get("length_bias") or {}
+    count, total = entry.get("count"), entry.get("of")
+    if not isinstance(count, int) or not isinstance(total, int) or total <= 0:
         return None
-    known = wilson(count, of, Z99)
-    if known.low <= LONGER_CHOSEN:
+    share = wilson(count, total, Z99)
+    if share.low <= LONGER_CHOSEN:
         return None
-    sentence = f"In the data the chosen answer is the longer one in {percent(known.estimate)} of {counted(of, 'pair')} of unequal length."
+    sentence = f"In the data the chosen answer is the longer one in {percent(share.estimate)} of {counted(total, 'pair')} of unequal length."
     return finding(
-        sentence, "share of pairs whose chosen answer is longer", known.estimate, level="note", advice=LENGTH_ADVICE
+        sentence, "share of pairs whose chosen answer is longer", share.estimate, level="note", advice=LENGTH_ADVICE
     )
 
 
 def _length_of_comparison(view: ComparisonView) -> Iterator[Finding]:
     base = view.point(view.models.get(view.first, {}), "tokens")
     for name, figures in view.others.items():
-        mine = view.point(figures, "tokens")
-        if base is None or mine is None or difference(mine, base, view.trust.length_ratio).bounds()[0] <= 0:
+        tokens = view.point(figures, "tokens")
+        if base is None or tokens is None or difference(tokens, base, view.trust.length_ratio).bounds()[0] <= 0:
             continue
-        sentence = f"{name} writes {format_number(mine.value)} tokens per completion, {view.first} {format_number(base.value)}."
+        sentence = f"{name} writes {format_number(tokens.value)} tokens per completion, {view.first} {format_number(base.value)}."
         label, advice = "tokens per completion, first model and this one", "Look at the win rate at equal length."
-        yield finding(sentence, label, base.value, mine.value, about=name, advice=advice)
+        yield finding(sentence, label, base.value, tokens.value, about=name, advice=advice)
 
 
 # ---- Reward margin that rises without a gain in win rate ----
@@ -277,28 +278,28 @@ def _margin_without_wins(run: RunView) -> Finding | None:
         return None
     last = wins[-1]
     low, high = last.bounds()
-    shown = (make_evidence("held-out reward margin", margins), make_evidence("win rate against the start", wins))
-    rose = (
+    evidence = (make_evidence("held-out reward margin", margins), make_evidence("win rate against the start", wins))
+    rise = (
         f"Between steps {margins[0].step:,} and {margins[-1].step:,} the held-out reward margin rose from {format_number(margins[0].value)} to "
         f"{format_number(margins[-1].value)}"
     )
     if low <= 0.5 and high < run.trust.win_rate:
-        return Finding(f"{rose}, but completions win against the start's in {format_share(last)} of prompts.", shown)
-    fallen = _best_before_fall(margins, wins)
-    if fallen is not None:
-        fell = f"from {percent(fallen.value)} at step {fallen.step:,} to {percent(last.value)} at step {last.step:,}"
-        return Finding(f"{rose}, but the win rate against the start fell {fell}.", shown)
+        return Finding(f"{rise}, but completions win against the start's in {format_share(last)} of prompts.", evidence)
+    best = _best_before_fall(margins, wins)
+    if best is not None:
+        fall = f"from {percent(best.value)} at step {best.step:,} to {percent(last.value)} at step {last.step:,}"
+        return Finding(f"{rise}, but the win rate against the start fell {fall}.", evidence)
     if low <= 0.5:
-        sentence = f"{rose}. Whether completions win by it cannot be told: {format_share(last)} of {last.n} prompts."
-        return Finding(sentence, shown, "note", advice=WIN_RATE_ADVICE)
+        sentence = f"{rise}. Whether completions win by it cannot be told: {format_share(last)} of {last.n} prompts."
+        return Finding(sentence, evidence, "note", advice=WIN_RATE_ADVICE)
     return None
 
 
 def _best_before_fall(margins: list[Point], wins: list[Point]) -> Point | None:
     """The best win rate, if the last one is significantly below it and the margin has risen since; else None."""
     best = max(wins, key=lambda p: p.value)
-    at_best = [m for m in margins if m.step <= best.step]
-    if best.step == wins[-1].step or not at_best or margins[-1].value <= at_best[-1].value:
+    margins_before = [m for m in margins if m.step <= best.step]
+    if best.step == wins[-1].step or not margins_before or margins[-1].value <= margins_before[-1].value:
         return None
     return best if difference(best, wins[-1]).bounds(tests=len(wins) - 1)[0] > 0 else None
 
@@ -343,60 +344,62 @@ def _scheduled(loss: Any) -> bool:
 
 def _overfitting(run: RunView) -> Finding | None:
     return next(
-        (seen for w in _watched_metrics(run) if (seen := _turning_point(run, w)) is not None), None
+        (turn for w in _watched_metrics(run) if (turn := _turning_point(run, w)) is not None), None
     ) or _accuracy_gap(run)
 
 
 def _accuracy_gap(run: RunView) -> Finding | None:
     """A finding if accuracy on training rows is far above that on held-out rows."""
-    held, lines = run.held_out_points(ACCURACY.name), run.training_points(ACCURACY.name)
+    held_out, lines = run.held_out_points(ACCURACY.name), run.training_points(ACCURACY.name)
     train = window(lines)
-    if not held or train is None or held[-1].se is None or held[-1].step < train.step:
+    if not held_out or train is None or held_out[-1].se is None or held_out[-1].step < train.step:
         return None
     limit = run.trust.accuracy_gap
-    if difference(train, held[-1]).bounds()[0] <= limit:
+    if difference(train, held_out[-1]).bounds()[0] <= limit:
         return None
-    gaps = [Point(p.step, near - p.value) for p in held if (near := _training_mean(lines, p.step)) is not None]
+    gaps = [Point(p.step, mean - p.value) for p in held_out if (mean := _training_mean(lines, p.step)) is not None]
     sentence = (
-        f"At step {train.step:,} {percent(train.value)} of training pairs are ranked correctly, against {format_share(held[-1])} of held-out pairs; the gap is above "
+        f"At step {train.step:,} {percent(train.value)} of training pairs are ranked correctly, against {format_share(held_out[-1])} of held-out pairs; the gap is above "
         f"{percent(limit)} since step {first_step_above(gaps, limit):,}."
     )
     return Finding(
-        sentence, (make_evidence("training minus held-out accuracy", gaps), make_evidence("held-out accuracy", held))
+        sentence,
+        (make_evidence("training minus held-out accuracy", gaps), make_evidence("held-out accuracy", held_out)),
     )
 
 
 def _turning_point(run: RunView, watched: _WatchedMetric) -> Finding | None:
-    held = [Point(p.step, watched.sign * p.value, p.se, p.n) for p in run.held_out_points(watched.name)]
-    if len(held) < 3 or held[-1].se is None:
+    held_out = [Point(p.step, watched.sign * p.value, p.se, p.n) for p in run.held_out_points(watched.name)]
+    if len(held_out) < 3 or held_out[-1].se is None:
         return None
-    best = min(held, key=lambda p: p.value)
-    last = held[-1]
-    if best.step == last.step or difference(last, best).bounds(tests=len(held) - 1)[0] <= 0:
+    best = min(held_out, key=lambda p: p.value)
+    last = held_out[-1]
+    if best.step == last.step or difference(last, best).bounds(tests=len(held_out) - 1)[0] <= 0:
         return None
     train = run.training_points(watched.name)
     early, late = _training_mean(train, best.step), _training_mean(train, last.step)
-    shown = (
-        make_evidence(f"held-out {watched.label}", [Point(p.step, watched.sign * p.value) for p in held]),
+    evidence = (
+        make_evidence(f"held-out {watched.label}", [Point(p.step, watched.sign * p.value) for p in held_out]),
         make_evidence(f"training {watched.label}", train),
     )
-    values = f"from {format_number(watched.sign * best.value)} at step {best.step:,} to {format_number(watched.sign * last.value)} at step {last.step:,}"
+    change = f"from {format_number(watched.sign * best.value)} at step {best.step:,} to {format_number(watched.sign * last.value)} at step {last.step:,}"
     if early is None or late is None:
-        trained = ""
+        training_clause = ""
     elif watched.sign * (late - early) >= 0:
-        said = f"Held-out {watched.label} got worse {values}, and so did training's, from {format_number(early)} to {format_number(late)}"
-        return Finding(f"{said}: training diverges.", shown, advice=DIVERGENCE_ADVICE)
+        sentence = f"Held-out {watched.label} got worse {change}, and so did training's, from {format_number(early)} to {format_number(late)}"
+        return Finding(f"{sentence}: training diverges.", evidence, advice=DIVERGENCE_ADVICE)
     else:
-        trained = f", while training's went on from {format_number(early)} to {format_number(late)}"
+        training_clause = f", while training's went on from {format_number(early)} to {format_number(late)}"
     return Finding(
-        f"Overfitting starts at step {best.step:,}: held-out {watched.label} got worse {values}{trained}.", shown
+        f"Overfitting starts at step {best.step:,}: held-out {watched.label} got worse {change}{training_clause}.",
+        evidence,
     )
 
 
 def _training_mean(train: list[Point], step: int) -> float | None:
     """Mean of the five training lines up to a step, or of the first five."""
-    upto = [p.value for p in train if p.step <= step][-SMALLEST_WINDOW:]
-    values = upto if len(upto) == SMALLEST_WINDOW else [p.value for p in train[:SMALLEST_WINDOW]]
+    recent = [p.value for p in train if p.step <= step][-SMALLEST_WINDOW:]
+    values = recent if len(recent) == SMALLEST_WINDOW else [p.value for p in train[:SMALLEST_WINDOW]]
     return sum(values) / len(values) if values else None
 
 
@@ -409,9 +412,9 @@ def _skipped(run: RunView) -> Finding | None:
     skipped = [m for m in run.train if m.get("skipped")]
     if not run.train or len(skipped) / len(run.train) <= run.trust.skipped:
         return None
-    (why, _), *_ = Counter(str(m["skipped"]) for m in skipped).most_common(1)
+    (reason, _), *_ = Counter(str(m["skipped"]) for m in skipped).most_common(1)
     share = len(skipped) / len(run.train)
-    sentence = f"{len(skipped):,} of {len(run.train):,} optimizer steps ({percent(share)}) were not taken, most of them because: {why}."
+    sentence = f"{len(skipped):,} of {len(run.train):,} optimizer steps ({percent(share)}) were not taken, most of them because: {reason}."
     return Finding(sentence, (make_evidence("steps not taken", [Point(int(m["step"]), 1.0) for m in skipped]),))
 
 
@@ -421,8 +424,8 @@ def _not_finite(run: RunView) -> Finding | None:
         return None
     step, name = places[0]
     names = sorted({n for _, n in places})
-    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    more = f", and {len(places) - 1:,} more figures after it ({shown})" if len(places) > 1 else ""
+    listing = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    more = f", and {len(places) - 1:,} more figures after it ({listing})" if len(places) > 1 else ""
     counts = [Point(s, float(n)) for s, n in sorted(Counter(s for s, _ in places).items())]
     sentence = f"{name} was NaN or infinite at step {step:,}{more}."
     return Finding(sentence, (make_evidence("figures that are not finite, by step", counts),))

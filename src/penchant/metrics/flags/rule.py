@@ -172,8 +172,8 @@ class RunView:
 
     def audit_count(self, name: str) -> tuple[int, int]:
         """(count, total) of the rows that an audit finding is about."""
-        found = mapping(mapping(self.audit.get("findings")).get(name))
-        return int(num(found, "count") or 0), int(num(found, "of") or 0)
+        entry = mapping(mapping(self.audit.get("findings")).get(name))
+        return int(num(entry, "count") or 0), int(num(entry, "of") or 0)
 
     @cached_property
     def step_lines(self) -> list[Mapping[str, Any]]:
@@ -210,8 +210,8 @@ class RunView:
         sampled = line.get("eval/kl/completions")
         if sampled is not None:
             return int(sampled)
-        asked = 0 if self.config.get("algorithm") else int(self.section("evaluation").get("kl_prompts") or 0)
-        return min(rows, asked) if asked else rows
+        kl_prompts = 0 if self.config.get("algorithm") else int(self.section("evaluation").get("kl_prompts") or 0)
+        return min(rows, kl_prompts) if kl_prompts else rows
 
     def training_points(self, name: str) -> list[Point]:
         """A figure from every training line that has it.
@@ -219,37 +219,37 @@ class RunView:
         Rollout figures that repeat the previous line, as in a second epoch on the same rollouts, are skipped.
         """
         points: list[Point] = []
-        of_rollouts = name in ("reward", "kl/policy_ref") or name.startswith("completions/")
+        is_rollout_figure = name in ("reward", "kl/policy_ref") or name.startswith("completions/")
         for m in self.train:
             value = num(m, name)
-            if value is not None and not (of_rollouts and points and points[-1].value == value):
+            if value is not None and not (is_rollout_figure and points and points[-1].value == value):
                 points.append(Point(int(m["step"]), value))
         return points
 
     def latest(self, name: str) -> tuple[Point, list[Point]] | None:
         """(now, all) of a figure: from evaluations if there is one after the start, else means over training lines."""
-        held = self.held_out_points(name)
-        if held and held[-1].step > 0:
-            return held[-1], held
-        lines = self.training_points(name)
-        now = window(lines)
-        return None if now is None else (now, smooth(lines))
+        held_out = self.held_out_points(name)
+        if held_out and held_out[-1].step > 0:
+            return held_out[-1], held_out
+        points = self.training_points(name)
+        now = window(points)
+        return None if now is None else (now, smooth(points))
 
     def first_and_last(self, name: str) -> tuple[Point, Point, list[Point]] | None:
         """(first, last, all) of a figure: from evaluations if there are at least two, else from training lines."""
-        held = self.held_out_points(name)
-        if len(held) > 1:
-            return held[0], held[-1], held
-        lines = self.training_points(name)
-        first, last = window(lines, last=False), window(lines)
-        return None if first is None or last is None else (first, last, lines)
+        held_out = self.held_out_points(name)
+        if len(held_out) > 1:
+            return held_out[0], held_out[-1], held_out
+        points = self.training_points(name)
+        first, last = window(points, last=False), window(points)
+        return None if first is None or last is None else (first, last, points)
 
     @cached_property
     def chosen_tokens(self) -> float | None:
         """Mean length of chosen answers (of all answers, if rows are not pairs) in tokens, from the audit."""
         lengths = self.audit.get("lengths") or {}
-        found = num(lengths.get("chosen") or lengths.get("completion"), "mean")
-        return found if found is not None and found > 0 else None
+        mean_length = num(lengths.get("chosen") or lengths.get("completion"), "mean")
+        return mean_length if mean_length is not None and mean_length > 0 else None
 
 
 def window(points: Sequence[Point], last: bool = True) -> Point | None:
@@ -313,8 +313,8 @@ def standard_error(value: float, interval: Any, n: int, share: bool = False) -> 
 
 def format_number(value: float) -> str:
     """Format a number with three significant digits, and no exponent if it is large."""
-    shown = f"{value:.3g}"
-    return f"{value:,.0f}" if "e" in shown and abs(value) >= 100 else shown
+    text = f"{value:.3g}"
+    return f"{value:,.0f}" if "e" in text and abs(value) >= 100 else text
 
 
 def format_interval(p: Point, tests: int = 1) -> str:
@@ -399,10 +399,10 @@ class Rule:
     of_run: Callable[[RunView], Finding | None] | None = None
     of_comparison: Callable[[ComparisonView], Iterable[Finding]] | None = None
 
-    def flag(self, seen: Finding) -> Flag:
+    def flag(self, finding: Finding) -> Flag:
         """Make a flag of this rule."""
-        advice = seen.advice or self.advice
-        return Flag(self.name, self.title, seen.level, seen.sentence, advice, seen.evidence, seen.about)
+        advice = finding.advice or self.advice
+        return Flag(self.name, self.title, finding.level, finding.sentence, advice, finding.evidence, finding.about)
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,23 +85,23 @@ def attention_plan(
     is_token = torch.zeros(sum(sizes), dtype=torch.bool).index_fill_(0, layout.inverse, True)  # False: padding
     per_token = shape.heads + 2 * shape.kv_heads
     q_heads, k_heads = torch.arange(shape.heads), torch.arange(shape.heads, shape.heads + shape.kv_heads)
-    groups, every, queries = [], _Rows(), _Rows()
+    groups, head_rows, query_rows = [], _Rows(), _Rows()
     for group, valid in zip(layout.groups, is_token.split(sizes), strict=True):
         token, valid = group.index, valid.view_as(group.index)
         tiles = []
         for start, stop in _tile_bounds(token.shape[1]):
             part = slice(start, stop)
-            every.add(token[:, part], valid[:, part], per_token, q_heads)
-            queries.add(token[:, part], valid[:, part], shape.heads, q_heads)
+            head_rows.add(token[:, part], valid[:, part], per_token, q_heads)
+            query_rows.add(token[:, part], valid[:, part], shape.heads, q_heads)
             mask = torch.zeros(token.shape[0], 1, stop - start, stop, dtype=dtype)
             mask.masked_fill_(~group.mask[:, :, part, :stop], float("-inf"))
             tiles.append(Tile(stop - start, stop, mask.unsqueeze(1)))
-        every.add(token, valid, per_token, k_heads)
-        every.add(token, valid, per_token, k_heads + shape.kv_heads)
+        head_rows.add(token, valid, per_token, k_heads)
+        head_rows.add(token, valid, per_token, k_heads + shape.kv_heads)
         groups.append(GroupPlan(token.shape[0], token.shape[1], tuple(tiles)))
-    there, back = every.indices((tokens + more) * per_token)
-    out_there, out_back = queries.indices((tokens + more) * shape.heads)
-    return AttentionPlan(shape, tokens, tuple(groups), there, back, out_there, out_back)
+    to_heads, from_heads = head_rows.indices((tokens + more) * per_token)
+    out_to_heads, out_from_heads = query_rows.indices((tokens + more) * shape.heads)
+    return AttentionPlan(shape, tokens, tuple(groups), to_heads, from_heads, out_to_heads, out_from_heads)
 
 
 def _tile_bounds(length: int) -> list[tuple[int, int]]:
@@ -133,27 +133,27 @@ class _Rows:
 
 def _blocks(flat: Tensor, plan: AttentionPlan) -> list[tuple[tuple[Tensor, ...], Tensor, Tensor]]:
     """Each group's views of the flat buffer of head rows: q tiles (B kv, g rows, d), k and v (B kv, L, d)."""
-    shape, blocks, at = plan.shape, [], 0
+    shape, blocks, offset = plan.shape, [], 0
     for group in plan.groups:
         batch = group.trees * shape.kv_heads
         lengths = [shape.group * t.rows for t in group.tiles] + [group.length, group.length]
         size = batch * sum(lengths)
-        parts = flat.narrow(0, at, size).split([batch * n for n in lengths])
+        parts = flat.narrow(0, offset, size).split([batch * n for n in lengths])
         *q, k, v = (p.view(batch, n, shape.head_dim) for p, n in zip(parts, lengths, strict=True))
-        at += size
+        offset += size
         blocks.append((tuple(q), k, v))
     return blocks
 
 
 def _out_blocks(flat: Tensor, plan: AttentionPlan) -> list[tuple[Tensor, ...]]:
     """Each group's views of the output buffer: tiles (B kv, g rows, d)."""
-    shape, blocks, at = plan.shape, [], 0
+    shape, blocks, offset = plan.shape, [], 0
     for group in plan.groups:
         batch, tiles = group.trees * shape.kv_heads, []
         for tile in group.tiles:
             rows = shape.group * tile.rows
-            tiles.append(flat.narrow(0, at, batch * rows).view(batch, rows, shape.head_dim))
-            at += batch * rows
+            tiles.append(flat.narrow(0, offset, batch * rows).view(batch, rows, shape.head_dim))
+            offset += batch * rows
         blocks.append(tuple(tiles))
     return blocks
 
@@ -179,8 +179,8 @@ def attention_forward(heads: Tensor, plan: AttentionPlan) -> Tensor:
         Output rows (N_q, d) in the plan's order.
     """
     out = heads.new_empty(plan.out_to_heads.shape[0], plan.shape.head_dim)
-    for (qs, k, v), os, group in zip(_blocks(heads, plan), _out_blocks(out, plan), plan.groups, strict=True):
-        for q, o, tile in zip(qs, os, group.tiles, strict=True):
+    for (qs, k, v), outs, group in zip(_blocks(heads, plan), _out_blocks(out, plan), plan.groups, strict=True):
+        for q, o, tile in zip(qs, outs, group.tiles, strict=True):
             torch.bmm(_softmax_scores(q, k, tile, plan.shape), v[:, : tile.keys], out=o)
     return out
 

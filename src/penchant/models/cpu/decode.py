@@ -100,13 +100,13 @@ class FastDecoder:
     def __init__(self, model: Any, *, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> None:
         base = base_model_of(model)
         backbone, config = base.model, base.config
-        first = backbone.layers[0].self_attn
+        attention = backbone.layers[0].self_attn
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
             config.num_key_value_heads,
-            first.head_dim,
+            attention.head_dim,
         )
-        self._scale = float(first.scaling)
+        self._scale = float(attention.scaling)
         hint = _up(rows, _ROW_STEP)
         self._layers = [_read_layer(m, hint) for m in backbone.layers]
         self._norm, self._eps = backbone.norm.weight.detach(), backbone.norm.variance_epsilon
@@ -118,9 +118,9 @@ class FastDecoder:
 
     def with_room(self, *, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> FastDecoder:
         """Return a decoder with new caches that shares the packed weights, e.g. one per request."""
-        other = copy.copy(self)
-        other._make_room(rows, groups, prompt_tokens, new_tokens)
-        return other
+        decoder = copy.copy(self)
+        decoder._make_room(rows, groups, prompt_tokens, new_tokens)
+        return decoder
 
     def _make_room(self, rows: int, groups: int, prompt_tokens: int, new_tokens: int) -> None:
         dtype = self._embedding.dtype
@@ -131,16 +131,19 @@ class FastDecoder:
         self._room = _up(rows, _ROW_STEP)
         depth, columns = len(self._layers), _up(new_tokens)
         # zeros, not empty: masked columns are multiplied by 0, and 0 times an old NaN would be NaN
-        own = (depth, self._room * self.kv_heads, columns, self.head_dim)
-        shared = (depth, groups * self.kv_heads, _up(prompt_tokens), self.head_dim)
-        self._keys, self._values = torch.zeros(own, dtype=dtype), torch.zeros(own, dtype=dtype)
-        self._prompt_keys, self._prompt_values = torch.zeros(shared, dtype=dtype), torch.zeros(shared, dtype=dtype)
+        own_shape = (depth, self._room * self.kv_heads, columns, self.head_dim)
+        shared_shape = (depth, groups * self.kv_heads, _up(prompt_tokens), self.head_dim)
+        self._keys, self._values = torch.zeros(own_shape, dtype=dtype), torch.zeros(own_shape, dtype=dtype)
+        self._prompt_keys, self._prompt_values = (
+            torch.zeros(shared_shape, dtype=dtype),
+            torch.zeros(shared_shape, dtype=dtype),
+        )
 
     # ---- prompts ----------------------------------------------------------------------------------------------------
 
     def prefill(self, prompts: Sequence[Sequence[int]], first_group: int, tokens_at_once: int = 1024) -> Tensor:
         """Fill the groups from `first_group` on with prompts and return the next-token logits (len(prompts), V)."""
-        found = []
+        logits = []
         start = 0
         while start < len(prompts):
             end, longest = start, 0
@@ -149,19 +152,19 @@ class FastDecoder:
                 if end > start and longest * (end + 1 - start) > tokens_at_once:
                     break
                 end += 1
-            found.append(self._prefill(prompts[start:end], first_group + start))
+            logits.append(self._prefill(prompts[start:end], first_group + start))
             start = end
-        return torch.cat(found)
+        return torch.cat(logits)
 
     def _prefill(self, prompts: Sequence[Sequence[int]], first: int) -> Tensor:
         count, length = len(prompts), _up(max(map(len, prompts)))
         sizes = torch.tensor(list(map(len, prompts)))
         # only attention runs on right-padded prompts, whose padding the causal mask hides; the other products take real tokens only
-        ends, every = sizes.cumsum(0), int(sizes.sum())
-        more = _up(every, 2 * _COLUMN_STEP) - every  # padding: repeats the first token
-        age = F.pad(torch.arange(every) - (ends - sizes).repeat_interleave(sizes), (0, more))
-        place = F.pad(torch.arange(count).repeat_interleave(sizes) * length, (0, more)) + age
-        ids = torch.tensor([t for p in prompts for t in p] + [prompts[0][0]] * more)
+        ends, total = sizes.cumsum(0), int(sizes.sum())
+        padding = _up(total, 2 * _COLUMN_STEP) - total  # repeats the first token
+        age = F.pad(torch.arange(total) - (ends - sizes).repeat_interleave(sizes), (0, padding))
+        place = F.pad(torch.arange(count).repeat_interleave(sizes) * length, (0, padding)) + age
+        ids = torch.tensor([t for p in prompts for t in p] + [prompts[0][0]] * padding)
         x, cos, sin = F.embedding(ids, self._embedding), self._cos[age], self._sin[age]
         lines = slice(first * self.kv_heads, (first + count) * self.kv_heads)
         for depth, layer in enumerate(self._layers):
@@ -218,7 +221,7 @@ class FastDecoder:
         mask = torch.zeros(unseen.shape, dtype=torch.promote_types(self._embedding.dtype, torch.float32))
         mask.masked_fill_(unseen, float("-inf"))
         lines = torch.arange((real + idle) * self.kv_heads).view(-1, self.kv_heads)
-        at = lengths + ages
+        positions = lengths + ages
         return Plan(
             rows=real + idle,
             groups=groups,
@@ -229,8 +232,8 @@ class FastDecoder:
             from_padded=None if to_padded is None else from_padded,
             write=(lines * self._keys.shape[2] + ages[:, None]).view(-1),
             mask=mask[:, None],
-            cos=self._cos[at],
-            sin=self._sin[at],
+            cos=self._cos[positions],
+            sin=self._sin[positions],
         )
 
     def _attend(self, depth: int, q: Tensor, k: Tensor, v: Tensor, plan: Plan) -> Tensor:
@@ -350,8 +353,8 @@ def _read_layer(module: Any, rows: int) -> DecodeLayer:
     attention, mlp = module.self_attn, module.mlp
 
     def norm(name: str) -> Tensor | None:
-        found = getattr(attention, name, None)
-        return None if found is None else found.weight.detach()
+        head_norm = getattr(attention, name, None)
+        return None if head_norm is None else head_norm.weight.detach()
 
     return DecodeLayer(
         norm1=module.input_layernorm.weight.detach(),

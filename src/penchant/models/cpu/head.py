@@ -75,7 +75,7 @@ class _TokenLogps(torch.autograd.Function):
         rows, vocab = hidden.shape[0], weight.shape[0]
         wants_grad = any(ctx.needs_input_grad)
         keep = wants_grad and rows * vocab * hidden.element_size() <= _KEEP_BYTES
-        kept: Tensor | None = None
+        minus_onehot: Tensor | None = None
         logps = []
         wide = torch.promote_types(hidden.dtype, torch.float32)
         collision = torch.empty(rows if alignment else 0, dtype=wide, device=hidden.device)
@@ -84,11 +84,11 @@ class _TokenLogps(torch.autograd.Function):
             part = slice(i, i + step)
             d = mm(hidden[part], weight.t())
             logps.append(_softmax_rows(d, targets[part], d if keep else None, collision[part] if alignment else None))
-            kept = d if keep else None
+            minus_onehot = d if keep else None
             del d  # free it before the next block is allocated
         if wants_grad:
             ctx.save_for_backward(hidden, targets)
-            ctx.weight, ctx.kept = weight, kept
+            ctx.weight, ctx.kept = weight, minus_onehot
         collision = collision[: ctx.rows]
         ctx.mark_non_differentiable(collision)
         return torch.cat(logps)[: ctx.rows], collision
@@ -138,16 +138,16 @@ def _add_weight_grad(weight: Tensor, d: Tensor, scaled: Tensor, total: Tensor | 
                 main[tile].add_(rounded)
                 continue
             if main is not None:
-                to = main
+                target = main
             elif turns is not None:
                 if weight.grad is None:
                     weight.grad, fresh = torch.empty_like(weight), True
-                to = weight.grad
+                target = weight.grad
             else:
                 fresh = fresh or total is None
-                to = total = torch.empty_like(weight) if total is None else total
+                target = total = torch.empty_like(weight) if total is None else total
             if fresh:
-                mm_into(to[tile], of_tile, scaled)
+                mm_into(target[tile], of_tile, scaled)
             else:
-                addmm_(to[tile], of_tile, scaled)
+                addmm_(target[tile], of_tile, scaled)
     return total

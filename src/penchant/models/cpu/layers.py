@@ -64,12 +64,12 @@ def adapters_as(weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
 
     Unlike peft's own switch or changed parameter values, this does not affect other threads.
     """
-    before = getattr(_HERE, "weights", None)
+    previous = getattr(_HERE, "weights", None)
     _HERE.weights = weights
     try:
         yield
     finally:
-        _HERE.weights = before
+        _HERE.weights = previous
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,19 +112,19 @@ class Adapter:
     dropout: float = 0.0
     magnitude: Tensor | None = None
 
-    def acting(self, drops: bool) -> Adapter | None:
-        """The adapter as this thread's passes use it, or None if it is off. `drops`: apply dropout, as in a training pass."""
+    def acting(self, training: bool) -> Adapter | None:
+        """The adapter as this thread's passes use it, or None if it is off. `training`: apply dropout, as in a training pass."""
         weights: Mapping[Tensor, Tensor] | None = getattr(_HERE, "weights", None)
         if self.module.disable_adapters or weights == {}:
             return None
-        dropout = self.dropout if drops and weights is None and self.module.training else 0.0
-        known = {} if weights is None else {name: weights[p] for name, p in self.parts().items()}
-        return replace(self, dropout=dropout, scale=self.scale / (1 - dropout), **known)
+        dropout = self.dropout if training and weights is None and self.module.training else 0.0
+        overrides = {} if weights is None else {name: weights[p] for name, p in self.parts().items()}
+        return replace(self, dropout=dropout, scale=self.scale / (1 - dropout), **overrides)
 
     def parts(self) -> dict[str, Tensor]:
         """Its parameters, by field name."""
-        given = {"a": self.a, "b": self.b, "magnitude": self.magnitude}
-        return {name: p for name, p in given.items() if p is not None}
+        parameters = {"a": self.a, "b": self.b, "magnitude": self.magnitude}
+        return {name: p for name, p in parameters.items() if p is not None}
 
     def stretch(self, weight: Tensor) -> tuple[Tensor, Tensor] | None:
         """For DoRA, ``m / |W + scale B A|`` of each output, and that norm. The norm gets no gradient, as in peft."""
@@ -213,8 +213,8 @@ class FastForward:
 
     def _normed(self, x: Tensor) -> Tensor:
         norm = self._backbone.norm
-        found: Tensor = _Norm.apply(x, norm.weight, norm.variance_epsilon)
-        return found
+        out: Tensor = _Norm.apply(x, norm.weight, norm.variance_epsilon)
+        return out
 
     def _wanted(self, batch: PackedBatch) -> Wanted:
         dtype = self._backbone.embed_tokens.weight.dtype
@@ -222,31 +222,31 @@ class FastForward:
         if key not in batch.cache:
             tokens, places = batch.predict_index.unique(return_inverse=True)
             padded = F.pad(tokens, (0, more_rows(len(tokens), dtype)))
-            alike = torch.equal(tokens, batch.predict_index)
-            batch.cache[key] = Wanted(padded, len(tokens), None if alike else places)
-        known: Any = batch.cache[key]
-        return known  # type: ignore[no-any-return]
+            same = torch.equal(tokens, batch.predict_index)
+            batch.cache[key] = Wanted(padded, len(tokens), None if same else places)
+        cached: Any = batch.cache[key]
+        return cached  # type: ignore[no-any-return]
 
     def _run(self, batch: PackedBatch, wanted: Wanted | None) -> Tensor:
         """Output of the last layer for all tokens or the wanted ones, followed by padding rows for the matrix library."""
         weight = self._backbone.embed_tokens.weight
         lowest = self._lowest_trained()
         key = f"fast/below/{id(self)}"  # shared by the two passes over a batch: policy and reference
-        known: Any = batch.cache.pop(key, None) if lowest else None
-        if known is None:
+        cached: Any = batch.cache.pop(key, None) if lowest else None
+        if cached is None:
             ids = F.pad(batch.input_ids, (0, more_rows(batch.tokens, weight.dtype)))
             x = _Embedding.apply(ids, weight, self._backbone.embed_tokens.padding_idx)
         else:
-            x = known[1]
+            x = cached[1]
         recompute = bool(getattr(self._backbone, "gradient_checkpointing", False)) and torch.is_grad_enabled()
         rows: dict[int | None, Row] = {}
         with _FUSING:
             for layer in self._layers:
                 _keep_fused(layer)
         for i, layer in enumerate(self._layers):
-            if i < lowest and known is not None:
+            if i < lowest and cached is not None:
                 continue
-            if i == lowest and lowest and known is None:
+            if i == lowest and lowest and cached is None:
                 batch.cache[key] = self, x
             if layer.window not in rows:
                 rows[layer.window] = self._row(batch, layer.window, recompute)
@@ -285,14 +285,14 @@ class FastForward:
             bool(layer.adapters) or any(p is not None and p.requires_grad for p in layer.params.all())
             for layer in self._layers
         )
-        return next((i for i, any_of_it in enumerate(trained) if any_of_it), 0)
+        return next((i for i, is_trained in enumerate(trained) if is_trained), 0)
 
     def _row(self, batch: PackedBatch, window: int | None, recompute: bool) -> Row:
         key, dtype = self._key(window)
         if key not in batch.cache:
             batch.cache[key] = (self._plan(batch, window, dtype), *self._rotation(batch.position_ids, dtype))
-        known: Any = batch.cache[key]
-        plan, cos, sin = known
+        cached: Any = batch.cache[key]
+        plan, cos, sin = cached
         return Row(plan, cos, sin, recompute, batch.seed)
 
     def _key(self, window: int | None) -> tuple[str, torch.dtype]:
@@ -306,16 +306,16 @@ class FastForward:
 
     def outlined(self, batch: PackedBatch) -> PackedBatch:
         """Move a batch to the meta device, for a model there. Plans need real indices, so they are built before the move."""
-        there = batch.to(torch.device("meta"))
+        meta_batch = batch.to(torch.device("meta"))
         for window in {layer.window for layer in self._layers}:
             key, dtype = self._key(window)
-            made = self._plan(batch, window, dtype).to(there.input_ids.device)
-            there.cache[key] = (made, *self._rotation(there.position_ids, dtype))
+            plan = self._plan(batch, window, dtype).to(meta_batch.input_ids.device)
+            meta_batch.cache[key] = (plan, *self._rotation(meta_batch.position_ids, dtype))
         wanted = self._wanted(batch)
-        places = None if wanted.places is None else wanted.places.to(there.input_ids.device)
-        moved = replace(wanted, tokens=wanted.tokens.to(there.input_ids.device), places=places)
-        there.cache |= {key: moved if made is wanted else made for key, made in batch.cache.items()}
-        return there
+        places = None if wanted.places is None else wanted.places.to(meta_batch.input_ids.device)
+        meta_wanted = replace(wanted, tokens=wanted.tokens.to(meta_batch.input_ids.device), places=places)
+        meta_batch.cache |= {key: meta_wanted if value is wanted else value for key, value in batch.cache.items()}
+        return meta_batch
 
     def _rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin of the model's own rotary module for q and k heads. Those for q include the attention scale."""
@@ -362,9 +362,9 @@ def is_known_family(model: Any) -> bool:
 
 
 def _is_plain(p: Tensor) -> bool:
-    known = (torch.bfloat16, torch.float32, torch.float64)
-    here = ("cpu", "meta")  # meta: `penchant plan` estimates a CPU run without running it
-    return type(p) is nn.Parameter and p.device.type in here and p.dtype in known and p.is_contiguous()
+    dtypes = (torch.bfloat16, torch.float32, torch.float64)
+    devices = ("cpu", "meta")  # meta: `penchant plan` estimates a CPU run without running it
+    return type(p) is nn.Parameter and p.device.type in devices and p.dtype in dtypes and p.is_contiguous()
 
 
 def is_linear(module: Any) -> bool:
@@ -416,19 +416,19 @@ def _hooked(model: Any) -> bool:
 
 def _read_layer(number: int, module: Any) -> Layer:
     attention, mlp = module.self_attn, module.mlp
-    outer = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj}
-    outer |= {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
-    linear: dict[str, Any] = {role: getattr(m, "base_layer", m) for role, m in outer.items()}
+    projections = {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj, "o": attention.o_proj}
+    projections |= {"gate": mlp.gate_proj, "up": mlp.up_proj, "down": mlp.down_proj}
+    linear: dict[str, Any] = {role: getattr(m, "base_layer", m) for role, m in projections.items()}
     norms = {f"{role}_norm": getattr(attention, f"{role}_norm", None) for role in ("q", "k")}
-    found: dict[str, Any] = {role: m.weight for role, m in linear.items()}
-    found |= {f"{role}_bias": linear[role].bias for role in ("q", "k", "v", "o")}
-    found |= {name: None if norm is None else norm.weight for name, norm in norms.items()}
-    params = LayerParams(norm1=module.input_layernorm.weight, norm2=module.post_attention_layernorm.weight, **found)
-    adapters = {role: _read_adapter(m) for role, m in outer.items() if m is not linear[role]}
+    tensors: dict[str, Any] = {role: m.weight for role, m in linear.items()}
+    tensors |= {f"{role}_bias": linear[role].bias for role in ("q", "k", "v", "o")}
+    tensors |= {name: None if norm is None else norm.weight for name, norm in norms.items()}
+    params = LayerParams(norm1=module.input_layernorm.weight, norm2=module.post_attention_layernorm.weight, **tensors)
+    adapters = {role: _read_adapter(m) for role, m in projections.items() if m is not linear[role]}
     bias = None if params.q_bias is None else _fuse(_qkv_biases(params))
     # Qwen sets the window per layer, Mistral once in its config
-    of_model = attention.config.sliding_window if attention.config.model_type == "mistral" else None
-    window = getattr(attention, "sliding_window", of_model)
+    model_window = attention.config.sliding_window if attention.config.model_type == "mistral" else None
+    window = getattr(attention, "sliding_window", model_window)
     return Layer(
         number,
         params,
@@ -477,11 +477,11 @@ def _widened(layer: Layer, dtype: torch.dtype) -> Layer:
 
 
 def _is_fused(fused: Tensor, parts: Sequence[nn.Parameter]) -> bool:
-    at, storage = fused.storage_offset(), fused.untyped_storage()._cdata  # not data_ptr, which is 0 on meta
+    offset, storage = fused.storage_offset(), fused.untyped_storage()._cdata  # not data_ptr, which is 0 on meta
     for p in parts:
-        if p.untyped_storage()._cdata != storage or p.storage_offset() != at or p.dtype != fused.dtype:
+        if p.untyped_storage()._cdata != storage or p.storage_offset() != offset or p.dtype != fused.dtype:
             return False
-        at += p.numel()
+        offset += p.numel()
     return True
 
 
@@ -546,10 +546,10 @@ class _DecoderLayer(torch.autograd.Function):
         ctx.saved = None  # free this layer's activations as soon as its gradients exist
         names = [*LayerParams.__slots__, *(f"{role}.{name}" for role, a in ctx.adapters.items() for name in a.parts())]
         wanted = {n for n, need in zip(names, ctx.needs_input_grad[4:], strict=True) if need}
-        found = _Gradients(layer, ctx.adapters, saved, wanted)
-        grad_x = _layer_backward(grads[0], ctx.x, ctx.row, found, ctx.needs_input_grad[0])
+        gradients = _Gradients(layer, ctx.adapters, saved, wanted)
+        grad_x = _layer_backward(grads[0], ctx.x, ctx.row, gradients, ctx.needs_input_grad[0])
         ctx.x = None
-        return grad_x, None, None, None, *(found.found.get(n) for n in names)
+        return grad_x, None, None, None, *(gradients.found.get(n) for n in names)
 
 
 @dataclass(slots=True)
@@ -567,9 +567,8 @@ class Saved:
     up: Tensor
     low: dict[str, Tensor]  # scale x A^T (T, r) of each adapter
     kept: dict[str, Tensor]  # (T, in): dropout mask of an input, by the first adapter that reads it
-    stretched: dict[
-        str, tuple[Tensor, Tensor, Tensor]
-    ]  # for DoRA, by role: output before scaling, and `Adapter.stretch`
+    # for DoRA, by role: output before scaling, and `Adapter.stretch`
+    stretched: dict[str, tuple[Tensor, Tensor, Tensor]]
 
 
 def _layer_forward(
@@ -581,32 +580,32 @@ def _layer_forward(
     kept: dict[str, Tensor] = {}
     stretched: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     dora = {role for role, adapter in adapters.items() if adapter.magnitude is not None}
-    draws = (
+    generator = (
         torch.Generator().manual_seed((row.seed + layer.number * 0x9E3779B1) % 2**32) if row.seed is not None else None
     )
 
     def lower(inputs: Tensor, *roles: str) -> None:
         """Compute ``scale x A^T`` for adapters that share an input."""
-        if not (mine := [role for role in roles if role in adapters]):
+        if not (adapted := [role for role in roles if role in adapters]):
             return
-        if dropout := adapters[mine[0]].dropout:
-            kept[mine[0]] = kept_bits(inputs, dropout, draws)
-            inputs = masked(inputs, kept[mine[0]])
-        parts = mm(inputs, _joined(adapters, mine).t()).split([len(adapters[role].a) for role in mine], dim=1)
-        low.update((role, part * adapters[role].scale) for role, part in zip(mine, parts, strict=True))
+        if dropout := adapters[adapted[0]].dropout:
+            kept[adapted[0]] = kept_bits(inputs, dropout, generator)
+            inputs = masked(inputs, kept[adapted[0]])
+        parts = mm(inputs, _joined(adapters, adapted).t()).split([len(adapters[role].a) for role in adapted], dim=1)
+        low.update((role, part * adapters[role].scale) for role, part in zip(adapted, parts, strict=True))
 
     def adapt(role: str, out: Tensor) -> Tensor:
         """``out += scale (x A^T) B^T``, followed by DoRA's scaling."""
         if (adapter := adapters.get(role)) is None:
             return out
         addmm_(out, low[role], adapter.b.t())
-        found = adapter.stretch(getattr(p, role))
-        if found is None:
+        stretch = adapter.stretch(getattr(p, role))
+        if stretch is None:
             return out
-        stretched[role] = out, *found
-        return (out * found[0]).to(out.dtype)
+        stretched[role] = out, *stretch
+        return (out * stretch[0]).to(out.dtype)
 
-    def onto(residual: Tensor, role: str, inputs: Tensor) -> Tensor:
+    def add_projection(residual: Tensor, role: str, inputs: Tensor) -> Tensor:
         """``residual + W inputs``, including W's adapter."""
         weight: Tensor = getattr(p, role)
         lower(inputs, role)
@@ -615,11 +614,11 @@ def _layer_forward(
         return adapt(role, addmm(residual, inputs, weight.t()))
 
     n1, rstd1 = rms_norm(x, p.norm1, layer.eps)
-    alone = bool(dora.intersection("qkv"))  # DoRA does not scale the bias
-    qkv = mm(n1, layer.qkv.t(), None if alone else layer.qkv_bias)
+    bias_last = bool(dora.intersection("qkv"))  # DoRA does not scale the bias
+    qkv = mm(n1, layer.qkv.t(), None if bias_last else layer.qkv_bias)
     lower(n1, *"qkv")
     parts = [adapt(role, part) for role, part in zip("qkv", _split_qkv(qkv, p), strict=True)]
-    if alone:
+    if bias_last:
         qkv = torch.cat(parts, dim=1)
         qkv = qkv if layer.qkv_bias is None else qkv.add_(layer.qkv_bias)
     by_head = qkv.view(tokens, -1, shape.head_dim)
@@ -637,7 +636,7 @@ def _layer_forward(
     del qkv, by_head
     out = attention_forward(heads, row.plan)
     o = out.index_select(0, row.out_from_heads).view(-1, shape.heads * shape.head_dim)
-    y = onto(x if row.wanted is None else x.index_select(0, row.wanted.tokens), "o", o)
+    y = add_projection(x if row.wanted is None else x.index_select(0, row.wanted.tokens), "o", o)
     if p.o_bias is not None:
         y += p.o_bias
     n2, rstd2 = rms_norm(y, p.norm2, layer.eps)
@@ -645,7 +644,7 @@ def _layer_forward(
     gate, up = mm(n2, p.gate.t()), mm(n2, p.up.t())
     lower(n2, "gate", "up")
     a = swiglu(adapt("gate", gate), adapt("up", up))
-    z = onto(y, "down", a)
+    z = add_projection(y, "down", a)
     return z, Saved(rstd1, projected, head_rstd, heads, o, y, rstd2, gate, up, low, kept, stretched)
 
 
@@ -702,43 +701,43 @@ class _Gradients:
 
     def stretched(self, role: str, out: Tensor) -> Tensor:
         """Apply DoRA's scaling to a projection's output, if it has DoRA."""
-        found = self.saved.stretched.get(role)
-        return out if found is None else (out * found[1]).to(out.dtype)
+        stretch = self.saved.stretched.get(role)
+        return out if stretch is None else (out * stretch[1]).to(out.dtype)
 
     def unstretched(self, role: str, d_out: Tensor) -> Tensor:
         """Backward of `stretched`, ``y' = c y`` with ``c = m / norm``: ``dm = sum over rows of d_out y / norm``, ``dy = c d_out``."""
-        if (found := self.saved.stretched.get(role)) is None:
+        if (stretch := self.saved.stretched.get(role)) is None:
             return d_out
-        out, _, norm = found
+        out, _, norm = stretch
         self.store(f"{role}.magnitude", (d_out * out).sum(0, dtype=norm.dtype) / norm)
         return self.stretched(role, d_out)
 
     def through_adapters(self, outs: Mapping[str, Tensor], d_inputs: Tensor | None) -> None:
         """For adapters that share an input: ``dB = d_out^T (scale x A^T)``, and ``dx += scale (d_out B) A`` in place."""
-        if not (mine := [role for role in outs if role in self.adapters]):
+        if not (adapted := [role for role in outs if role in self.adapters]):
             return
         parts = []
-        for role in mine:
+        for role in adapted:
             adapter = self.adapters[role]
             self.store(f"{role}.b", mm(outs[role].t(), self.saved.low[role]))
             parts.append(mm(outs[role], adapter.b).mul_(adapter.scale))
-        low = self.low[mine[0]] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        low = self.low[adapted[0]] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         if d_inputs is None:
             return
-        a = _joined(self.adapters, mine)
-        if mine[0] in self.saved.kept:
-            d_inputs += masked(mm(low, a), self.saved.kept[mine[0]])
+        a = _joined(self.adapters, adapted)
+        if adapted[0] in self.saved.kept:
+            d_inputs += masked(mm(low, a), self.saved.kept[adapted[0]])
         else:
             addmm_(d_inputs, low, a)
 
     def into_adapters(self, roles: tuple[str, ...], inputs: Tensor) -> None:
         """For adapters that share an input x: ``dA = (scale d_out B)^T x``."""
-        if not (mine := [role for role in roles if role in self.adapters]):
+        if not (adapted := [role for role in roles if role in self.adapters]):
             return
-        if mine[0] in self.saved.kept:
-            inputs = masked(inputs, self.saved.kept[mine[0]])
-        parts = mm(self.low[mine[0]].t(), inputs).split([len(self.adapters[role].a) for role in mine])
-        for role, part in zip(mine, parts, strict=True):
+        if adapted[0] in self.saved.kept:
+            inputs = masked(inputs, self.saved.kept[adapted[0]])
+        parts = mm(self.low[adapted[0]].t(), inputs).split([len(self.adapters[role].a) for role in adapted])
+        for role, part in zip(adapted, parts, strict=True):
             self.store(f"{role}.a", part)
 
 
@@ -757,15 +756,15 @@ def _layer_backward(dz: Tensor, x: Tensor, row: Row, g: _Gradients, want_x: bool
     for role, part in zip("qkv", _split_qkv(d_qkv, p), strict=True):
         if role in g.saved.stretched:
             part.copy_(g.unstretched(role, part))
-    through = want_x or "norm1" in g.wanted  # with frozen embeddings, the first layer's input needs no gradient
-    dn1 = mm(d_qkv, layer.qkv) if through else None
+    needs_dx = want_x or "norm1" in g.wanted  # with frozen embeddings, the first layer's input needs no gradient
+    dn1 = mm(d_qkv, layer.qkv) if needs_dx else None
     g.through_adapters(dict(zip("qkv", _split_qkv(d_qkv, p), strict=True)), dn1)
     if n1 is not None:
         g.into_adapters(("q", "k", "v"), n1)
     if dn1 is None:
         return None
-    around = dy if row.wanted is None else row.wanted.spread(dy, len(x))
-    dx, d_norm1 = rms_norm_backward(dn1, x, g.saved.rstd1, p.norm1, around)
+    bypass = dy if row.wanted is None else row.wanted.spread(dy, len(x))
+    dx, d_norm1 = rms_norm_backward(dn1, x, g.saved.rstd1, p.norm1, bypass)
     g.store("norm1", d_norm1)
     return dx
 

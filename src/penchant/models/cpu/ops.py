@@ -82,14 +82,14 @@ class _Rows:
 
     def __init__(self, param: Tensor) -> None:
         self._param = param
-        self._kept: list[tuple[Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor]] = []
 
     def add(self, ids: Tensor, grad: Tensor) -> None:
-        self._kept.append((ids, grad.to(wide(grad.dtype))))
-        if len(self._kept) == _ROWS_TOGETHER:
-            every, grads = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
-            ids, place = every.unique(return_inverse=True)
-            self._kept = [(ids, grads.new_zeros(len(ids), grads.shape[1]).index_add_(0, place, grads))]
+        self._pending.append((ids, grad.to(wide(grad.dtype))))
+        if len(self._pending) == _ROWS_TOGETHER:
+            all_ids, grads = (torch.cat(parts) for parts in zip(*self._pending, strict=True))
+            ids, inverse = all_ids.unique(return_inverse=True)
+            self._pending = [(ids, grads.new_zeros(len(ids), grads.shape[1]).index_add_(0, inverse, grads))]
 
     def write(self) -> None:
         total = getattr(self._param, "main_grad", None)
@@ -97,7 +97,7 @@ class _Rows:
             if self._param.grad is None:
                 self._param.grad = torch.zeros_like(self._param)
             total = self._param.grad
-        for ids, grad in self._kept:
+        for ids, grad in self._pending:
             total.index_add_(0, ids, grad.to(total.dtype))
 
 
@@ -208,14 +208,14 @@ def kept_bits(like: Tensor, dropout: float, draws: torch.Generator | None) -> Te
     """
     numbers = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
     numbers.random_(-(2**63), None, generator=draws)
-    kept = numbers.view(torch.int16)[: like.numel()] >= round(dropout * 65536) - 32768
-    return kept.view(torch.int8).neg_().view(like.shape)
+    keep = numbers.view(torch.int16)[: like.numel()] >= round(dropout * 65536) - 32768
+    return keep.view(torch.int8).neg_().view(like.shape)
 
 
-def masked(x: Tensor, kept: Tensor) -> Tensor:
+def masked(x: Tensor, keep_mask: Tensor) -> Tensor:
     """Apply a mask from `kept_bits`: `x` where its bits are set, else 0."""
     bits = _BITS[x.element_size()]
-    return (x.view(bits) & kept.to(bits)).view(x.dtype)
+    return (x.view(bits) & keep_mask.to(bits)).view(x.dtype)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> None:
