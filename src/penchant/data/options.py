@@ -197,5 +197,5 @@ class DataConfig(Section):
     def _check_hold_out(self) -> DataConfig:
         keys = [n for n in ("eval_path", "validation_rows", "validation_fraction") if getattr(self, n) is not None]
         if len(keys) > 1:
-            raise ValueError(f"{' and '.join(keys)} are set; keep one")
+            raise ValueError(f"{' and '.join(keys)} are {'both ' if len(keys) == 2 else ''}set; keep one")
         return self
