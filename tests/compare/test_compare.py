@@ -510,6 +510,8 @@ def test_mistakes_are_sentences(world: Path, tmp_path: Path, capsys: pytest.Capt
     refused(world, ConfigError, "beyond start's context of 256", "dpo", max_new_tokens=400)
     (tmp_path / "file").write_text("")
     refused(world, CheckpointError, "output is a file", "dpo", output=tmp_path / "file")
+    (tmp_path / "hh/dpo/manifest.json").write_text("5")
+    refused(world, CheckpointError, "manifest.json: is not a run's manifest", tmp_path / "hh/dpo")
     (tmp_path / "hh/dpo/manifest.json").write_text("{")
     refused(world, CheckpointError, "manifest.json: cannot be read", tmp_path / "hh/dpo")
     assert main(["compare"]) == 2

@@ -124,7 +124,9 @@ def _read(folder: Path, name: str, step: str | None) -> TrainedRun:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         _ = manifest["data"]["train"]["fingerprint"], manifest["model"]["sha256"], manifest["tokenizer_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except TypeError as error:
+        raise CheckpointError(str(folder / MANIFEST), "is not a run's manifest", "train the run again") from error
+    except (ValueError, KeyError) as error:
         raise CheckpointError(str(folder / MANIFEST), f"cannot be read ({error})", "train the run again") from error
     for file in (MANIFEST, IDENTITY):
         check_intact(folder / file)
