@@ -168,6 +168,7 @@ def test_weights_are_held_in_bf16_where_fp32_would_hold_nothing_more(tmp_path: P
 MEASURE = """
 import ctypes, sys, torch
 from pathlib import Path
+from penchant.models import load
 from penchant.models.options import ModelConfig
 
 libc = ctypes.CDLL(None)

@@ -394,6 +394,7 @@ def test_a_list_of_rewards() -> None:
     [
         (["words", {"words": 2.0}], "words is listed twice"),
         ([1.0], "1.0 is not a reward"),
+        ({1: 2}, "1 is not the name of a reward"),
         ({"words": {"n": 3}}, "words has no options"),
         ({"overlong": {"mx": 3}}, "max"),
         ({"words": "much"}, "give each reward a number"),

@@ -291,6 +291,10 @@ def test_a_section_that_is_none(tmp_path: Path, written: Any) -> None:
 def test_folders_that_hold_no_reward_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not a reward model"):
         load_reward(tiny_model_folder(tmp_path / "policy"))
+    config = tmp_path / "policy" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"architectures": -1}))  # damaged
+    with pytest.raises(ConfigError, match="no architecture named"):
+        load_reward(str(config.parent))
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.resolved.yaml").write_text("")
     with pytest.raises(CheckpointError, match="no checkpoint yet"):

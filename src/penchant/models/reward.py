@@ -88,10 +88,16 @@ def context_of(config: Any, tokenizer: Any) -> int | None:
     return int(min(limits)) if limits else None
 
 
+def architectures_of(config: Any) -> list[str]:
+    """The architectures that a config names; none if the file holds something else there."""
+    names = getattr(config, "architectures", None)
+    return [str(n) for n in names] if isinstance(names, (list, tuple)) else []
+
+
 def is_reward_model(config: Any) -> bool:
     """Whether a config is for sequence classification with one label."""
-    names = getattr(config, "architectures", None) or ()
-    return any("SequenceClassification" in str(n) for n in names) and int(getattr(config, "num_labels", 2)) == 1
+    named = any("SequenceClassification" in n for n in architectures_of(config))
+    return named and int(getattr(config, "num_labels", 2)) == 1
 
 
 def load_reward_model(cfg: ModelConfig, device: torch.device, seed: int = 0) -> LoadedRewardModel:

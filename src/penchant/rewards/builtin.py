@@ -328,6 +328,8 @@ class RewardConfig(Section):
         for name, setting in value.items():
             if name in settings:
                 continue
+            if not isinstance(name, str):
+                raise ValueError(f"{name!r} is not the name of a reward; write NAME: WEIGHT")
             weight = setting
             if isinstance(setting, Mapping):
                 weight = setting.get("weight", 1.0)

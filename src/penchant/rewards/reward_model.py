@@ -37,6 +37,7 @@ from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.reward import (
     HEADS,
     SETTINGS,
+    architectures_of,
     choose_padding,
     context_of,
     head_of,
@@ -352,7 +353,7 @@ def check_reward_folder(name: str, folder: Path) -> Any:
     """
     config = load_model_config(str(folder))
     if not is_reward_model(config):
-        kind = ", ".join(getattr(config, "architectures", None) or ()) or "no architecture named"
+        kind = ", ".join(architectures_of(config)) or "no architecture named"
         how = "give the run folder of one, trained with algorithm.name=reward_model, or a classifier with one label"
         raise ConfigError("reward", f"{name} is not a reward model ({kind})", how)
     return config
