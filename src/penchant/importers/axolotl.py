@@ -195,7 +195,7 @@ def _held_out(config: ToolConfig, method: str) -> Iterator[Line]:
         settings, _, lines = _data_set(entry, where, method, config.folder)
         yield from (line for line in lines if line.status == "unsupported")
         theirs = tuple((f"{where}.{k}", v) for k, v in entry.items())
-        yield Line(theirs, "same", note="read as the rows to train on are")
+        yield Line(theirs, "same", note="read like the training rows")
         paths += [settings["path"]] if "path" in settings else []
     files = [p for path in paths for p in (path if isinstance(path, list) else [path])]
     if files:

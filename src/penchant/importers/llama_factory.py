@@ -123,9 +123,7 @@ def _pictures(config: ToolConfig, entries: Sequence[Mapping[str, Any]]) -> Itera
             ["media_dir"] if config["media_dir"] else ["dataset_dir"], "translated", {"data.image_dir": image_dir}
         )
     pixels = integer(config["image_max_pixels"] or 768 * 768)
-    how = (
-        "of larger pictures theirs makes smaller ones first; set what the model's processor has in model.image_options"
-    )
+    how = "LLaMA-Factory first shrinks larger pictures; set the processor's own limit in model.image_options"
     yield Line((("image_max_pixels", pixels),), "unsupported", (), how, config.sets("image_max_pixels"))
     if config.sets("image_min_pixels"):
         yield config.line(

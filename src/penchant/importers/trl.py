@@ -290,7 +290,7 @@ def rewards(config: ToolConfig) -> Iterator[Line]:
         yield Line((("reward_funcs", unsupported),), "unsupported", (), note)
     if terms and len(weights) == len(terms):
         keys = [k for k in (key, "reward_funcs", "reward_weights") if config[k] is not None]
-        note = "called as f(prompts, completions) with lists of text, and answers a list of numbers"
+        note = "called as f(prompts, completions) with lists of text, and returns a list of numbers"
         ours = {"reward": dict(zip(terms, map(number, weights), strict=True))}
         yield config.line(keys, "translated", ours, note if any(":" in f for f in functions) else "")
     elif terms:

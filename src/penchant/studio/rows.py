@@ -542,7 +542,7 @@ def tokens_of(tree: PromptTree, kind: str, tokenizer: Any, options: Mapping[str,
         for i, ids in enumerate(cut.completion_ids):
             masks = cut.masks[i] if cut.masks else [True] * len(ids)
             full_ids = [*ids, *full.completion_ids[i][len(ids) :]]
-            kinds = ["trained" if m else "masked" for m in masks] + ["cut"] * len(full_ids)
+            kinds = ["trained" if m else "masked" for m in masks] + ["cut"] * (len(full_ids) - len(masks))
             tokens = _display_tokens(tokenizer, full_ids, kinds, cut.prompt_ids[-1:])
             sections.append((names[i] if len(names) == len(cut.completion_ids) else "answer", tokens))
     return sections

@@ -64,7 +64,7 @@ class Auditor:
     Args:
         shape, kind: of the rows; columns: counts of the rows' own columns, if they exist already.
         languages: whether to guess them; counters: further accumulators, e.g. of rewards for pairs.
-        most: limit on distinct reasons and languages; None: the default limits.
+        most: limit on distinct reasons; None: `REASONS`.
     """
 
     def __init__(
