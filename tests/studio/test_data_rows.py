@@ -180,7 +180,7 @@ def test_search_finds_texts_in_any_case_and_goes_on(tmp_path: Path, monkeypatch:
         assert numbers(file, needle="ÜBER DEN") == [251]
         assert numbers(file, needle="question 77?") == [77]
         assert numbers(file, needle="nowhere") == []
-        assert numbers(file, needle="QUESTION", most=3) == [1, 2, 3]
+        assert numbers(file, needle="QUESTION", max_rows=3) == [1, 2, 3]
     monkeypatch.setattr(rows, "SECONDS", 0.0)  # no time left, so it reports where it stopped
     page = File(path).page(1, needle="question 300?")
     while not page.items:
