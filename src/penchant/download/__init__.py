@@ -90,15 +90,15 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
             result = _Job(request, folder, work, say, Hub(say)).run()
         shutil.rmtree(work)
         return result
-    except PenchantError as error:
-        if request.source is not None and not isinstance(error, CheckpointError) and not any(work.glob("part-*")):
-            shutil.rmtree(work, ignore_errors=True)  # nothing was read yet
-            with suppress(OSError):
-                folder.rmdir()
-        if not isinstance(error, CheckpointError):
-            raise
+    except CheckpointError as error:
         what, how = "another `penchant data get` is writing there", "wait for it, or choose another --output"
         raise DataError(str(folder), what, how) from error
+    except PenchantError:
+        if request.source is not None and not any(work.glob("part-*")):  # nothing was read yet
+            shutil.rmtree(work, ignore_errors=True)
+            with suppress(OSError):
+                folder.rmdir()
+        raise
     except OSError as error:
         what = f"cannot be written ({error.strerror or error})"
         how = "free some space" if error.errno == 28 else "fix that, or choose another --output"
