@@ -406,7 +406,7 @@ def as_config(
     if not isinstance(config, Mapping):
         if not given:
             return load_config(config, list(overrides))
-        config = read_mapping(config, "a config is a mapping with model, data and output; see recipes/")[0]
+        config = read_mapping(config, "run")[0]
     return config_from_mapping(_with_names(config, overrides, given or {}), list(overrides))
 
 

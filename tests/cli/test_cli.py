@@ -151,6 +151,28 @@ def test_an_output_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "is a file" in capsys.readouterr().err
 
 
+KINDS = {
+    "train": "model: {path: m}\ndata: {path: d.jsonl}\noutput: out\n",
+    "sweep": "output: out\nbase: {model: {path: m}, data: {path: d.jsonl}}\ngrid: {loss.beta: [0.1, 0.3]}\n",
+    "pipeline": "output: out\ndefaults: {model: {path: m}, data: {path: d.jsonl}}\nstages: {sft: {loss: sft}}\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"),
+    [(c, k) for c in ("train", "plan", "eval", "data audit") for k in ("sweep", "pipeline")]
+    + [("sweep", "pipeline"), ("pipeline", "train"), ("pipeline", "sweep")],
+)
+def test_the_config_of_another_command_names_that_command(
+    command: str, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "it.yaml"
+    file.write_text(KINDS[kind])
+    assert main([*command.split(), str(file)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"`penchant {kind} {file}`" in line
+
+
 @pytest.mark.parametrize(
     ("command", "needed"), [("eval", "MODEL"), ("train", "CONFIG"), ("sweep", "CONFIG"), ("pipeline", "CONFIG")]
 )

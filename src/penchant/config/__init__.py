@@ -50,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def load_config_with_places(path: str | Path, overrides: Sequence[str] = ()) -> tuple[RunConfig, Places]:
     """Like `load_config`, with the place of each key that is set: ``{key path: "file:line" or "command line"}``."""
-    values, places = read_mapping(path, "a config is a mapping with model, data and output; see recipes/")
+    values, places = read_mapping(path, "run")
     places = expand_source_list(values, places)
     places = apply_overrides(values, places, overrides)
     with recorded() if Path(path).name == RESOLVED else nullcontext():

@@ -27,14 +27,12 @@ from penchant.errors import CheckpointError, ConfigError, DataError, ModelError,
 S = TypeVar("S", bound=BaseModel)
 
 
-def read_values(
-    config_or_path: Mapping[str, Any] | str | Path, shape: str, what: str
-) -> tuple[dict[str, Any], Places, str]:
-    """(values, their places, source) of a file of several runs, or of a mapping; `shape` and `what` describe it in messages."""
+def read_values(config_or_path: Mapping[str, Any] | str | Path, kind: str) -> tuple[dict[str, Any], Places, str]:
+    """(values, their places, source) of a file of several runs, or of a mapping; `kind` as for `read_mapping`."""
     values, places = (
-        ({**config_or_path}, {}) if isinstance(config_or_path, Mapping) else read_mapping(config_or_path, shape)
+        ({**config_or_path}, {}) if isinstance(config_or_path, Mapping) else read_mapping(config_or_path, kind)
     )
-    source = what if isinstance(config_or_path, Mapping) else str(config_or_path)
+    source = kind if isinstance(config_or_path, Mapping) else str(config_or_path)
     values = plain_values(values)
     check_values(values, places, source)
     return values, places, source

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import BaseModel
@@ -136,14 +137,37 @@ def _data_file_error(path: Path) -> ConfigError:
     return ConfigError(str(path), "is a data file, and a config (YAML) is expected here", how)
 
 
-def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
+class Kind(NamedTuple):
+    """What a config describes: its command, the keys that only such a config has at the top, and its shape for messages."""
+
+    command: str
+    keys: frozenset[str]
+    shape: str
+
+
+KINDS = {
+    "pipeline": Kind(
+        "pipeline",
+        frozenset({"stages"}),
+        "a pipeline is a mapping with output, stages and, if you like, defaults and compare; see recipes/pipeline.yaml",
+    ),
+    "sweep": Kind(
+        "sweep",
+        frozenset({"base", "grid", "runs", "search"}),
+        "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md",
+    ),
+    "run": Kind("train", frozenset({"model"}), "a config is a mapping with model, data and output; see recipes/"),
+}
+
+
+def read_mapping(path: str | Path, kind: str) -> tuple[dict[str, Any], Places]:
     """The mapping in a YAML file, and the place of each of its keys: ``{key path: "file:line"}``.
 
     Args:
-        shape: what such a file must look like, for messages.
+        kind: what the file must describe, one of `KINDS`; a sweep may also be started from a run's config.
 
     Raises:
-        ConfigError: the file does not exist, is not YAML, sets a key twice, or does not hold a mapping.
+        ConfigError: the file does not exist, is not YAML, sets a key twice, does not hold a mapping, or describes another kind.
     """
     path = Path(path)
     if path.suffix.lower() in DATA_ENDINGS and path.is_file():
@@ -169,7 +193,12 @@ def read_mapping(path: str | Path, shape: str) -> tuple[dict[str, Any], Places]:
     values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
-        raise ConfigError(str(path), what, shape)
+        raise ConfigError(str(path), what, KINDS[kind].shape)
+    found = next((name for name, k in KINDS.items() if k.keys & values.keys()), kind)
+    if found != kind and (found, kind) != ("run", "sweep"):
+        what = f"is the config of a {found}, and that of a {kind} is expected here"
+        how = f"a {found}'s command is `penchant {KINDS[found].command} {shlex.quote(str(path))}`"
+        raise ConfigError(str(path), what, how)
     return values, places
 
 

@@ -18,7 +18,6 @@ from penchant.config.several import Member, read_output, read_section, read_valu
 from penchant.errors import ConfigError
 from penchant.rewards.builtin import BUILT_IN, RewardConfig
 
-SHAPE = "a pipeline is a mapping with output, stages and, if you like, defaults and compare; see recipes/pipeline.yaml"
 KEYS = ("output", "defaults", "stages", "compare")
 FULL_MODEL_KEYS = (("model", "path"), ("reference", "path"))  # an adapter there is merged first
 
@@ -179,7 +178,7 @@ def load_pipeline(definition: Mapping[str, Any] | str | Path, overrides: Sequenc
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every stage's config is checked.
     """
-    values, places, source = read_values(definition, SHAPE, "pipeline")
+    values, places, source = read_values(definition, "pipeline")
     names = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
     places = apply_overrides(values, places, overrides)
     folder = read_output(values, KEYS, places, source, "pipeline", '"defaults" or a stage: defaults')

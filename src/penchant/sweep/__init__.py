@@ -132,7 +132,6 @@ def label(value: Any) -> str:
 
 # ---- A sweep's config: a base config, what varies in it, and the resulting runs, each named after its values ----
 
-SHAPE = "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md"
 KEYS = ("output", "base", "grid", "runs", "search", "halving", "metric", "direction", "cluster")
 SEED = "train.seed"
 BASE = "base"  # the name of the one variant of a sweep without `runs`
@@ -194,7 +193,7 @@ def load_sweep(config_or_path: Mapping[str, Any] | str | Path, overrides: Sequen
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every run's config is checked.
     """
-    values, places, source = read_values(config_or_path, SHAPE, "sweep")
+    values, places, source = read_values(config_or_path, "sweep")
     if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
         values, places = _sweep_of_run(values, places)
     sweep_overrides, base_overrides = _split_overrides(overrides)
@@ -267,7 +266,7 @@ def _base(values: Mapping[str, Any], places: Places, source: str) -> tuple[dict[
     place = place_of(("base",), places, source)
     if isinstance(base, str):
         sibling = Path(source).parent / base
-        base, base_places = read_mapping(sibling if sibling.exists() else base, SHAPE)
+        base, base_places = read_mapping(sibling if sibling.exists() else base, "run")
         base = plain_values(base)
     else:
         base_places = {p[1:]: place for p, place in places.items() if p[0] == "base" and p[1:]}
