@@ -388,15 +388,16 @@ def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPat
     matmul = SimpleNamespace(allow_tf32=None, allow_bf16_reduced_precision_reduction=None)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=None))
-    steps.set_precision(CPU, tf32)
+    machine.set_precision(CPU, tf32)
     assert matmul.allow_tf32 is None
-    steps.set_precision(CUDA, tf32)
+    machine.set_precision(CUDA, tf32)
     assert matmul.allow_tf32 is tf32 and matmul.allow_bf16_reduced_precision_reduction is False
 
 
 def test_what_is_proved_in_fp32_is_not_multiplied_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     matmul = SimpleNamespace(allow_tf32=True)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=True))
     parameters = [SimpleNamespace(device=CUDA, dtype=torch.float32)]
     with widened(SimpleNamespace(parameters=lambda: iter(parameters))):  # type: ignore[arg-type]
         assert not matmul.allow_tf32

@@ -85,6 +85,16 @@ def device_name(kind: str) -> str:
     return str(getattr(accelerator(kind), "get_device_name", lambda: NAMES[kind])())
 
 
+def set_precision(device: Any, tf32: bool) -> None:
+    """Set a GPU's matmul precision: fp32 as is or in TF32; bf16 products are never accumulated in bf16."""
+    if device.type == "cuda":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
 def in_fp64(tensor: Any) -> Any:
     """A tensor in fp64; in fp32 on MPS, which has no fp64."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()

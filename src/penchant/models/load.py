@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.files import check_model_folder, file_sha256
-from penchant.base.machine import NAMES, accelerator, why_not
+from penchant.base.machine import NAMES, accelerator, set_precision, why_not
 from penchant.distributed.shard import full
 from penchant.errors import ConfigError, ModelError
 from penchant.models.folder import (
@@ -549,17 +549,15 @@ def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
 def widened(model: nn.Module) -> Iterator[None]:
     """Context with a model's bf16 (fp16) parameters in fp32, lossless both ways; matrix products on a GPU use fp32, not TF32."""
     originals = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    matmul = torch.backends.cuda.matmul
-    tf32 = next(model.parameters()).device.type == "cuda" and matmul.allow_tf32
+    device = next(model.parameters()).device
+    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     for p, _ in originals:
         p.data = p.data.float()
-    if tf32:
-        matmul.allow_tf32 = False
+    set_precision(device, tf32=False)
     try:
         yield
     finally:
-        if tf32:
-            matmul.allow_tf32 = True
+        set_precision(device, tf32)
         for p, dtype in originals:
             p.data = p.data.to(dtype)
 

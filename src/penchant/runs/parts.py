@@ -14,7 +14,7 @@ import torch
 
 from penchant.algorithms.method import SMALL_MODEL, Parts, auto_lr
 from penchant.base.files import cache_folder
-from penchant.base.machine import cores
+from penchant.base.machine import cores, set_precision
 from penchant.base.text import counted
 from penchant.config import RunConfig
 from penchant.data.mapped import StoredTokens
@@ -73,7 +73,6 @@ from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Key, Uncached
 from penchant.training.optim import MasterAdamW, state_bytes
-from penchant.training.steps import set_precision
 from penchant.types import TokenTree
 
 

@@ -268,11 +268,3 @@ def _ordered_attention() -> Iterator[None]:
         yield
     finally:
         F.scaled_dot_product_attention = original  # type: ignore[assignment]
-
-
-def set_precision(device: torch.device, tf32: bool) -> None:
-    """Set a GPU's matmul precision: fp32 as is or in TF32; bf16 products are never accumulated in bf16."""
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        torch.backends.cudnn.allow_tf32 = tf32
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
