@@ -269,7 +269,7 @@ VLLM = {"engine": "vllm", "url": "http://127.0.0.1:9"}
         ({"rollout": {"engine": "vllm", "timeout": 3.0}}, "timeout has no effect without a server"),
         ({"rollout": {**VLLM, "update": "nccl", "folder": "w"}}, "folder has no effect"),
         ({"reward": {"runs/reward": 1.0, "timeout": 5.0}}, "timeout has no effect on reward models"),
-        ({"reward": {"words": 1.0, "mine.py:f": 1.0, "device": "cpu"}}, "device has no effect without a reward model"),
+        ({"reward": {"words": 1.0, "mine.py:f": 1.0, "device": "cuda"}}, "device has no effect without a reward model"),
     ],
     ids=str,
 )

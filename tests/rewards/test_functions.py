@@ -374,7 +374,7 @@ def test_a_missing_extra_and_a_missing_column_are_sentences(monkeypatch: pytest.
     "written",
     [
         "words",
-        {"words": -0.01, "runs/reward": 1.0, "device": "cpu"},
+        {"words": -0.01, "sentiment": 1.0, "device": "cpu"},
         {"words": 1.0, "timeout": None},
         {"overlong": {"max": 10, "weight": 0.5}, "words": 1.0},
     ],

@@ -272,8 +272,7 @@ def test_a_head_on_the_policy_cannot_start_as_a_reward_model(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "written",
-    ["words", {"words": 1.0}, {"words": -0.5, "sentiment": 1.0}, {"words": 1.0, "runs/reward": 1.0, "device": "cpu"}],
+    "written", ["words", {"words": 1.0}, {"words": -0.5, "sentiment": 1.0}, {"words": 1.0, "device": "cpu"}]
 )
 def test_the_section_stays_as_it_was_written(tmp_path: Path, written: Any) -> None:
     config = config_from_mapping(online(tmp_path, "m", written))

@@ -348,7 +348,7 @@ class RewardConfig(Section):
         is_model = [kind_of(name) is None and not is_own(name) for name in self.terms]
         if is_model and all(is_model):
             refuse_idle(self, {"timeout": "on reward models, which take the time that they need; leave it out"})
-        if is_model and not any(is_model):
+        if is_model and not any(is_model) and self.device != "cpu":  # other rewards are computed on the CPU
             refuse_idle(self, {"device": "without a reward model; leave it out"})
         return self
 
