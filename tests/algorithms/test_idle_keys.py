@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -268,6 +269,7 @@ VLLM = {"engine": "vllm", "url": "http://127.0.0.1:9"}
         ({"rollout": {"engine": "vllm", "timeout": 3.0}}, "timeout has no effect without a server"),
         ({"rollout": {**VLLM, "update": "nccl", "folder": "w"}}, "folder has no effect"),
         ({"reward": {"runs/reward": 1.0, "timeout": 5.0}}, "timeout has no effect on reward models"),
+        ({"reward": {"words": 1.0, "mine.py:f": 1.0, "device": "cuda"}}, "device has no effect without a reward model"),
     ],
     ids=str,
 )
@@ -324,12 +326,18 @@ def test_a_resolved_config_has_every_key_and_is_taken(name: str) -> None:
     assert config_from_mapping(again, []) == config
 
 
-def test_a_run_of_an_earlier_version_keeps_a_key_that_changes_nothing(tmp_path: Path) -> None:
-    given = (
-        "model: {path: m}\ndata: {path: d}\nalgorithm: {name: grpo}\nreward: words\nrollout: {turns: 2}\noutput: o\n"
-    )
-    for name in ("run.yaml", RESOLVED):
-        (tmp_path / name).write_text(given)
-    assert load_config(tmp_path / RESOLVED).rollout.turns == 2
-    with pytest.raises(ConfigError, match="turns has no effect"):
+@pytest.mark.parametrize(
+    ("key", "name", "section"),
+    [("turns", "rollout", {"turns": 2}), ("device", "reward", {"words": 1.0, "device": "cuda:1"})],
+)
+def test_a_run_of_an_earlier_version_keeps_a_key_that_changes_nothing(
+    key: str, name: str, section: dict[str, Any], tmp_path: Path
+) -> None:
+    given = {"model": {"path": "m"}, "data": {"path": "d"}, "algorithm": "grpo", "reward": "words", "output": "o"}
+    given |= {name: section}
+    for file in ("run.yaml", RESOLVED):
+        (tmp_path / file).write_text(json.dumps(given))  # JSON is YAML
+    kept = load_config(tmp_path / RESOLVED).model_dump(mode="json")[name]
+    assert section.items() <= kept.items()
+    with pytest.raises(ConfigError, match=f"{key} has no effect"):
         load_config(tmp_path / "run.yaml")

@@ -129,6 +129,38 @@ def test_a_mistake_is_answered_before_torch(
     assert (code, heavy) == (2, []) and words in said
 
 
+@pytest.mark.parametrize(
+    ("command", "body"),
+    [
+        (["train"], "model: {path: ./model}\ndata: {path: pairs.jsonl}\n"),
+        (["plan"], "model: {path: ./model}\ndata: {path: pairs.jsonl}\n"),
+        (["sweep"], "base: {model: {path: m}, data: {path: d, validation_rows: 1}}\ngrid: {train.seed: [0, 1]}\n"),
+        (
+            ["sweep", "--plan"],
+            "base: {model: {path: m}, data: {path: d, validation_rows: 1}}\ngrid: {train.seed: [0, 1]}\n",
+        ),
+        (["pipeline"], "defaults: {model: {path: m}, data: {path: d}}\nstages: {seed-0: {loss: sft}}\n"),
+        (["pipeline", "--plan"], "defaults: {model: {path: m}, data: {path: d}}\nstages: {seed-0: {loss: sft}}\n"),
+    ],
+    ids=str,
+)
+def test_an_output_that_cannot_be_made_is_answered_before_torch(
+    command: list[str], body: str, tmp_path: Path, run: Callable[..., Answer]
+) -> None:
+    write_jsonl(tmp_path / "pairs.jsonl", polite_rows()[:3])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/seed-0").write_text("")
+    outputs = [("/proc/x", 5, "cannot be written"), ("pairs.jsonl", 2, "output is a file")]
+    if "model" not in body.split(":")[0]:  # the folder of a run or stage
+        outputs.append(("taken", 2, "seed-0: output is a file"))
+    for output, expected, words in outputs:
+        (tmp_path / "it.yaml").write_text(f"{body}output: {output}\n")
+        name, *options = command
+        code, heavy, said = run(tmp_path, name, "it.yaml", *options)
+        assert (code, heavy) == (expected, []) and words in said, output
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_a_plan_needs_no_weights(tmp_path: Path, run: Callable[..., Answer]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")

@@ -580,6 +580,18 @@ def test_only_one_stage(base: dict[str, Any], tmp_path: Path) -> None:
         run(base, redo=["dop"])
 
 
+@pytest.mark.parametrize("output", ["hh/sft", "hh"])
+def test_a_plan_notices_a_folder_that_is_a_file(output: str, base: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "hh").mkdir()
+    (tmp_path / "hh/sft").write_text("")
+    said = set[str]()
+    for command in (plan, run):
+        with pytest.raises(CheckpointError, match=r"hh/sft: output is a file") as refused:
+            command(base, f"output={tmp_path / output}")
+        said.add(str(refused.value))
+    assert len(said) == 1
+
+
 def test_a_folder_that_is_not_the_pipelines_is_left_alone(base: dict[str, Any], tmp_path: Path) -> None:
     api.train({**base["defaults"], "loss": "sft", "output": str(tmp_path / "hh/sft")}, "train.max_steps=1", quiet=True)
     with pytest.raises(CheckpointError, match="holds a run that this pipeline did not make"):
@@ -589,9 +601,6 @@ def test_a_folder_that_is_not_the_pipelines_is_left_alone(base: dict[str, Any], 
     (tmp_path / "hh/pipeline.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         run(base)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is a file"):
-        run(base, f"output={tmp_path}/file")
 
 
 @pytest.mark.parametrize(

@@ -155,7 +155,7 @@ def test_several_processes_have_no_second_card(base: dict[str, Any], monkeypatch
             ConfigError, match=r"reference.device: is .* each of the 2 processes has a device of its own"
         ):
             check_places(config_from_mapping(base, settings))
-    online = {**base, "algorithm": "rloo", "reward": {"words": 1.0, "device": "cuda:1"}}
+    online = {**base, "algorithm": "rloo", "reward": {"runs/reward": 1.0, "device": "cuda:1"}}
     del online["loss"]
     with pytest.raises(ConfigError, match=r"reward.device: is cuda:1, and each of the 2 processes"):
         check_places(config_from_mapping(online, []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -127,6 +128,20 @@ def test_a_tracker_that_fails_costs_a_warning_and_its_time_limit(
     assert said_of in whole and "not-to-be-seen" not in whole and "\x1b" not in whole
     left = run / "trackers" / "wandb.json"
     assert not left.exists() or "not-to-be-seen" not in left.read_text()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_only_a_run_that_is_training_goes_on_without_a_tracker(
+    training: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(subprocess, "Popen", fails)
+    said: list[str] = []
+    specs, settings = {"wandb": _fake("Dies")}, LoggingConfig(trackers=["wandb"])
+    Mirrors(make_run(tmp_path / "run", done=2), settings, {}, said.append, specs, training=training).begin(anew=True)
+    assert "Cannot allocate memory" in said[0] and ("goes on" in said[0]) == training
 
 
 def test_training_is_the_same_whatever_trackers_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from penchant.config import (
     with_absolute_paths,
 )
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError, RewardError
+from penchant.runfolder import check_run_folder
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -131,3 +132,9 @@ class Member:
         """The error for a run that exists with other inputs, so that it can be neither skipped nor overwritten."""
         what = f"{self.title.format(self.name)} was already run, fully or in part, with other inputs: {reason}"
         return CheckpointError(self.place, what, how)
+
+
+def check_folders(output: Path, members: Iterable[Member]) -> None:
+    """Refuse a sweep or pipeline whose folder, or that of one of its runs, cannot be used; see `check_run_folder`."""
+    for folder in (output, *(member.folder for member in members)):
+        check_run_folder(folder)

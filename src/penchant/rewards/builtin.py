@@ -345,8 +345,11 @@ class RewardConfig(Section):
 
     @model_validator(mode="after")
     def _check_idle(self) -> RewardConfig:
-        if self.terms and not any(kind_of(name) is not None or is_own(name) for name in self.terms):
+        is_model = [kind_of(name) is None and not is_own(name) for name in self.terms]
+        if is_model and all(is_model):
             refuse_idle(self, {"timeout": "on reward models, which take the time that they need; leave it out"})
+        if is_model and not any(is_model) and self.device != "cpu":  # other rewards are computed on the CPU
+            refuse_idle(self, {"device": "without a reward model; leave it out"})
         return self
 
     @model_serializer

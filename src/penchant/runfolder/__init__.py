@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -50,7 +51,7 @@ def leads_to_model(folder: Path) -> bool:
 
 
 def check_run_folder(folder: Path) -> None:
-    """Refuse a folder that a run cannot use as its output. Creates nothing, so it can run before any data is read.
+    """Refuse a folder that a run cannot use as its output, before any data is read. Leaves nothing behind.
 
     Raises:
         CheckpointError: the path is a file, is below one, or holds a model. DiskError: it cannot be written.
@@ -64,8 +65,10 @@ def check_run_folder(folder: Path) -> None:
         raise disk_error(folder, error) from error
     if not nearest.is_dir():
         raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise disk_error(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".penchant-", dir=nearest))  # os.access allows root everything, even in /proc
+    except OSError as error:
+        raise disk_error(folder, error) from error
 
 
 def make_folder(folder: Path) -> None:

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["TRACKERS", "Mirrors", "TrackerSpec", "check_installed"]
 
-
-GOES_ON = "; the run goes on without it"
-
 # ---- The run's side: one process per tracker, notified when the run begins and ends, and polled without waiting ----
 
 
@@ -67,12 +64,14 @@ class Mirror:
 
     Args:
         spec: the tracker; info: the run; timeout: seconds it may take at the end; say: prints a message for the user.
+        training: whether the run is training, and goes on without a tracker that fails.
     """
 
     spec: TrackerSpec
     info: RunInfo
     timeout: float
     say: Callable[[str], None]
+    training: bool = True
     process: subprocess.Popen[bytes] | None = None
     failed: str | None = None
     done: bool = False
@@ -162,7 +161,8 @@ class Mirror:
     def _warn(self, what: str) -> None:
         if self.failed is None:
             self.failed = what
-            self.say(f"{self.spec.label}: {one_line(what)}{GOES_ON}")
+            consequence = "; the run goes on without it" if self.training else ""
+            self.say(f"{self.spec.label}: {one_line(what)}{consequence}")
 
     def _kill(self) -> None:
         if self.process is None:
@@ -185,7 +185,7 @@ class Mirrors:
 
     Args:
         settings: the run's `logging` section; config: the run's settings as shown in trackers; say: prints a message for the user.
-        specs: the trackers by name.
+        specs: the trackers by name; training: as for `Mirror`.
     """
 
     def __init__(
@@ -195,10 +195,12 @@ class Mirrors:
         config: Mapping[str, Any],
         say: Callable[[str], None],
         specs: Mapping[str, TrackerSpec] = TRACKERS,
+        *,
+        training: bool = True,
     ) -> None:
         self.folder, self.timeout = folder, settings.tracker_timeout
         info = run_info(folder, settings, config)
-        self.mirrors = [Mirror(specs[name], info, self.timeout, say) for name in settings.trackers]
+        self.mirrors = [Mirror(specs[name], info, self.timeout, say, training) for name in settings.trackers]
 
     def begin(self, *, anew: bool) -> None:
         """Start the trackers; `anew`: the run has no checkpoint, so it becomes a new run in each tracker too."""
@@ -263,7 +265,7 @@ def track_run(
     values = {"logging": {**config.logging.model_dump(), **overrides, "trackers": list(to)}}
     logging = read_section(LoggingConfig, "logging", values, {}, "track")
     with RunLock(folder):
-        mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), lambda line: say(line.removesuffix(GOES_ON)))
+        mirrors = Mirrors(folder, logging, config.model_dump(mode="json"), say, training=False)
         mirrors.begin(anew=anew)
         for sentence in damage_notes(folder):
             say(sentence)
