@@ -68,7 +68,7 @@ def named(value: Any, folder: Path, where: str = "") -> Any:
     if isinstance(value, (list, tuple)):
         return [named(v, folder, where) for v in value]
     if hasattr(value, "save_pretrained"):
-        return str(write_pretrained(value, folder, where))
+        return str(write_pretrained(value, folder))
     if callable(value):
         return function_name(value, folder, where)
     return value  # a date or a validated section: left to the config's validation
@@ -176,7 +176,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"a value of type {type(value).__name__}")
 
 
-def write_pretrained(value: Any, folder: Path, where: str) -> Path:
+def write_pretrained(value: Any, folder: Path) -> Path:
     """Write a model or tokenizer with `save_pretrained`, under a name with the SHA-256 of its files."""
     kind = "model" if hasattr(value, "parameters") else "tokenizer"
     temp = temp_path(folder / kind)

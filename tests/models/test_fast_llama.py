@@ -300,7 +300,7 @@ def test_head_gradcheck_and_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     t = torch.randint(0, 11, (7,))
     assert torch.autograd.gradcheck(lambda a, b: fast_token_logps(a, b, t)[0], (h, w))
     kept = torch.autograd.grad(fast_token_logps(h, w, t)[0].cos().sum(), (h, w))
-    monkeypatch.setattr(fast_head, "_KEEP_BYTES", 0)
+    monkeypatch.setattr(fast_head, "KEEP_BYTES", 0)
     monkeypatch.setattr(fast_head, "_MATMUL_ROWS", 3)
     monkeypatch.setattr(fast_head, "_SOFTMAX_ELEMENTS", 22)
     monkeypatch.setattr(fast_head, "VOCAB_TILE", 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from penchant.plan.memory import (
     PRODUCT,
     WITH_GRADIENT,
     LiveBytes,
+    _rule_of_thumb,
     activations_of,
     decoding_bytes,
     forward_bytes,
@@ -42,6 +44,7 @@ from penchant.plan.outline import OutlinedRun, outline, parameter_counts
 from penchant.plan.ranks import SHAPES, Sizes, sizes_of
 from penchant.plan.settings import settings_of
 from penchant.plan.text import plan_text, size
+from penchant.plan.work import work_of
 from penchant.rollout.generate import sample
 from penchant.runs import Run, parts
 from penchant.training.optim import MasterAdamW
@@ -304,6 +307,21 @@ def test_shapes_alone_count_what_a_real_pass_holds(tmp_path: Path, lora: dict[st
     assert found.forward == pytest.approx(live.peak, rel=0.15)
 
 
+@pytest.mark.parametrize(("dtype", "width"), [("fp32", 4), ("bf16", 2)])
+def test_the_rule_of_thumb_counts_logits_of_completions_up_to_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, width: int
+) -> None:
+    config = _config(tmp_path, lora={"r": 4})
+    config["model"]["dtype"] = dtype
+    run = OutlinedRun(api.as_config(config), quiet=True)
+    trees = _trees((90, 300, 260), (120, 240, 240))
+    work = replace(work_of(run), batch=(tuple(trees),), largest=sum(t.shared_tokens for t in trees))
+    logits = 1040 * run.model.config.vocab_size * width
+    assert _rule_of_thumb(run, work).head == logits
+    monkeypatch.setattr("penchant.plan.memory.KEEP_BYTES", logits // 3)
+    assert _rule_of_thumb(run, work).head == logits // 3
+
+
 def test_attention_without_a_mask_is_counted_so(tmp_path: Path) -> None:
     """By the flash kernels' shapes, without a mask or all attention scores, which would otherwise dominate for long trees."""
     found = []
@@ -332,7 +350,7 @@ def test_chunks_of_the_head_are_counted_as_where_the_run_will_be(
 
 
 def test_a_head_too_large_to_keep_is_counted_by_its_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penchant.models.cpu.head._KEEP_BYTES", 1 << 16)
+    monkeypatch.setattr("penchant.models.cpu.head.KEEP_BYTES", 1 << 16)
     monkeypatch.setattr("penchant.models.cpu.head._MATMUL_ROWS", 64)
     monkeypatch.setattr("penchant.models.cpu.head._SOFTMAX_ELEMENTS", 1 << 12)
     config = _config(tmp_path)

@@ -228,7 +228,7 @@ def import_config(
     our_settings = settings(translation, _parse_overrides(overrides))
     if "output" not in our_settings:
         our_settings["output"] = (f"runs/{Path(path).stem}", "the file names no folder")
-    _check_complete(our_settings, translation, str(path))
+    _check_complete(our_settings, str(path))
     config = nested(our_settings)
     try:
         build(config, {}, str(path))
@@ -272,7 +272,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return {f"{k}.{name}".rstrip("."): v for k, section in sections.items() for name, v in section.items()}
 
 
-def _check_complete(our_settings: Mapping[str, Any], translation: Translation, path: str) -> None:
+def _check_complete(our_settings: Mapping[str, Any], path: str) -> None:
     """Raise ConfigError if model, data or an online method's reward is missing. Other tools often take them from the command line."""
     method = ALGORITHMS.get(our_settings.get("algorithm.name", ("", ""))[0])
     required = {"model.path": "MODEL", "data.path": "train.jsonl"}

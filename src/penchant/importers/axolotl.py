@@ -300,11 +300,11 @@ def _layout(dataset: ToolConfig, method: str) -> tuple[str, dict[str, str], list
     for key in (k for k in fields if dataset.sets(k)):
         columns[fields[key]] = str(dataset[key])
         used_keys.append(key)
-    notes += _message_notes(dataset, shape)
+    notes += _message_notes(dataset)
     return shape, columns, used_keys, notes
 
 
-def _message_notes(dataset: ToolConfig, shape: str) -> Notes:
+def _message_notes(dataset: ToolConfig) -> Notes:
     """Notes on the keys that name the role and content fields of a conversation's turns."""
     notes: Notes = []
     mapping = {"role": dataset["message_field_role"], "content": dataset["message_field_content"]}

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from penchant.base.stats import Z95
 from penchant.data.mapped import extra_of
 from penchant.data.packing import run_passes
 from penchant.metrics.figures import exp
@@ -183,7 +184,6 @@ def _prompt_cluster(tree: TokenTree) -> int:
 
 # ---- Figures of held-out pairs beyond a loss's own metrics: likelihood of the chosen answers, effect of length. numpy only ----
 
-Z95 = 1.959963984540054
 RIDGE = 0.25  # 1 / variance of the Gaussian penalty on both logistic parameters: keeps the fit finite if length decides every pair
 
 

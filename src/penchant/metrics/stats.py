@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from penchant.base.stats import wilson_interval
+from penchant.base.stats import Z95, wilson_interval
 
 # ---- Intervals and win rates: percentile bootstrap over whole prompts, Wilson's interval. numpy only, deterministic given a seed ----
 
@@ -199,7 +199,7 @@ def win_rate(
     return share_ci((a > b) + ties * (a == b), clusters=clusters, draws=draws, seed=seed)
 
 
-def wilson(successes: float, n: int, z: float = 1.959963984540054) -> Interval:
+def wilson(successes: float, n: int, z: float = Z95) -> Interval:
     """Wilson's score interval of a proportion.
 
     ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``

@@ -23,6 +23,7 @@ from penchant.data.tokenize import pair_format
 from penchant.errors import PenchantError
 from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import cached_tokens, can_decode_fast
+from penchant.models.cpu.head import KEEP_BYTES
 from penchant.models.cpu.layers import fast_forward
 from penchant.models.load import base_model_of, cast_parameters, held_in, quantized_bytes, size_of
 from penchant.plan.outline import META, OutlinedRun, outline, parameter_counts, weight_file_bytes
@@ -497,13 +498,18 @@ def _activations(run: OutlinedRun, work: Work) -> tuple[Activations, str]:
 
 
 def _rule_of_thumb(run: OutlinedRun, work: Work) -> Activations:
-    """Activations by the usual rule of 34 d bytes per token and layer in bf16 (17 values of width d)."""
+    """Activations by the usual rule of 34 d bytes per token and layer in bf16 (17 values of width d).
+
+    The head adds the logits of the completion tokens, or one chunk of them if they are too large to keep.
+    """
     size = torch.empty(0, dtype=run.dtype).element_size()
     hidden_bytes = work.largest * size_of(run.model, "hidden_size") * size
     layer_bytes, depth = hidden_bytes * 17, size_of(run.model, "num_hidden_layers") or 12
     checkpointing = run.config.train.gradient_checkpointing is not False  # only the inputs of the layers are kept
     layers = hidden_bytes * depth + layer_bytes if checkpointing else layer_bytes * depth
-    activations = Activations(layers, work.largest * size_of(run.model, "vocab_size"), 0, layer_bytes, "rule of thumb")
+    completions = sum(t.shared_tokens - len(t.prompt_ids) for t in work.batch[0])
+    head = min(completions * size_of(run.model, "vocab_size") * size, KEEP_BYTES)
+    activations = Activations(layers, head, 0, layer_bytes, "rule of thumb")
     return activations.times(
         _concurrency_factor(run, [sum(tree_tokens(t, run.shared_prompts) for t in b) for b in work.batch])
     )

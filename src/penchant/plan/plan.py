@@ -121,7 +121,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
         if memory.peak - baseline > room:
             notes.append("no probe: the run would need more memory than is free")
         else:
-            measured = probe(run, work, disk.checkpoint, cached)
+            measured = probe(run, disk.checkpoint, cached)
             duration = duration_of(measured, work)
             notes += _packing_mismatch(run, measured)
     notes += remarks(original if gpus else run.config, run.rows)

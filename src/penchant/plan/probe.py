@@ -58,7 +58,7 @@ class Duration:
     parts: dict[str, float]
 
 
-def probe(run: OutlinedRun, work: Work, checkpoint_bytes: int, cached: bool | None, *, steps: int = 3) -> Probe:
+def probe(run: OutlinedRun, checkpoint_bytes: int, cached: bool | None, *, steps: int = 3) -> Probe:
     """Time `steps` optimizer steps of the run, of which the first warms up, and a small evaluation.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from penchant.base.section import Section
+from penchant.base.stats import Z95
 from penchant.metrics.names import metric
 from penchant.metrics.stats import t_quantile
 from penchant.runfolder.values import mapping, num, number_of, sequence
@@ -119,7 +120,6 @@ class TrustConfig(Section):
 
 # ---- The input of rules: figures with their standard errors, over the steps of a run ----
 
-Z95 = 1.959963984540054
 CONFIDENCE = 0.99  # of the two-sided intervals that rules use: half a percent on each side
 SMALLEST_WINDOW = 5  # minimum number of training lines to average over
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from penchant.base.lanes import turn
 from penchant.models.cpu.ops import addmm_, mm, mm_into, more_rows
 
-_KEEP_BYTES = 512 << 20  # largest D that is saved
+KEEP_BYTES = 512 << 20  # largest D that is saved
 _MATMUL_ROWS = 512  # rows per head matmul if D is not saved
 _SOFTMAX_ELEMENTS = 1 << 19  # fp32 values per softmax pass, so that they stay in cache
 VOCAB_TILE = 4096  # vocabulary rows per weight-gradient matmul, so that its output stays in cache until it is added
@@ -74,7 +74,7 @@ class _TokenLogps(torch.autograd.Function):
             hidden, targets = F.pad(hidden, (0, 0, 0, more)), F.pad(targets, (0, more))
         rows, vocab = hidden.shape[0], weight.shape[0]
         wants_grad = any(ctx.needs_input_grad)
-        keep = wants_grad and rows * vocab * hidden.element_size() <= _KEEP_BYTES
+        keep = wants_grad and rows * vocab * hidden.element_size() <= KEEP_BYTES
         minus_onehot: Tensor | None = None
         logps = []
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -116,7 +116,7 @@ class _TokenLogps(torch.autograd.Function):
 
 
 def _rows_at_once(weight: Tensor) -> int:
-    return max(_MATMUL_ROWS, _KEEP_BYTES // (weight.shape[0] * weight.element_size()))
+    return max(_MATMUL_ROWS, KEEP_BYTES // (weight.shape[0] * weight.element_size()))
 
 
 def _recomputed(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
