@@ -265,7 +265,7 @@ def tokens(path: Path, n: int, folder: Path, args: argparse.Namespace) -> dict[s
             )
     cache = folder / f"cache-{path.stem}"
     for start in ("cold", "warm"):
-        figures[start] = result = worker("start", str(path), args.layout, PENCHANT_CACHE=str(cache))
+        figures[start] = result = worker("start", str(path), args.layout, str(n), PENCHANT_CACHE=str(cache))
         print(
             f"  {start} start: {result['seconds']:.1f} s to the first batch ({result['cpu']:.1f} s of CPU time), peak memory {result['peak_mb']:,.0f} MB"
         )
@@ -333,17 +333,23 @@ def _tokenize(path: str) -> dict[str, Any]:
     return {"seconds": seconds, "cpu": cpu, "main": main, "load": load, "tokens": count, "peak_mb": _peak()}
 
 
-LOSS = {"lmsys": "sft", "pairs": "simpo"}  # reference-free, so startup includes no reference pass
+LOSS = {
+    "lmsys": "sft",
+    "small": "sft",
+    "pairs": "simpo",
+    "short": "simpo",
+}  # reference-free, so startup includes no reference pass
 
 
-def _start(path: str, layout: str) -> dict[str, Any]:
+def _start(path: str, layout: str, n: str) -> dict[str, Any]:
     """Time what `penchant train` does before its first optimizer step, with the bundled model and without evaluation."""
     from penchant.config import RunConfig
     from penchant.logprobs.reference import cache_key
     from penchant.runs import Run
 
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    data = {"path": path, "max_length": 512, "validation_rows": 500, "on_bad_row": "skip", "cache": "auto"}
+    held_out = max(1, min(500, int(n) // 10))
+    data = {"path": path, "max_length": 512, "validation_rows": held_out, "on_bad_row": "skip", "cache": "auto"}
     with tempfile.TemporaryDirectory() as output:
         config = {
             "model": {"path": _model()},

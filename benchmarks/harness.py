@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -66,8 +67,8 @@ def one_gpu() -> str:
 def peer_python(name: str = "trl") -> Path:
     """Python of the peer's environment `.venv-NAME`, built from `constraints-NAME.txt` if missing or out of date."""
     venv, constraints = HERE / f".venv-{name}", HERE / f"constraints-{name}.txt"
-    python, marker, required = venv / "bin" / "python", venv / "ready", constraints.read_text()
-    if not marker.exists() or marker.read_text() != required:
+    python, marker, required = venv / "bin" / "python", venv / "ready", without_comments(constraints.read_text())
+    if not marker.exists() or without_comments(marker.read_text()) != required:
         print(f"creating the peer's environment in {venv} ...", flush=True)
         subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         pip = [str(python), "-m", "pip", "install", "-q", "-c", str(constraints)]
@@ -77,6 +78,12 @@ def peer_python(name: str = "trl") -> Path:
             subprocess.run([*pip, "--no-deps", "unsloth", "unsloth_zoo"], check=True)
         marker.write_text(required)
     return python
+
+
+def without_comments(constraints: str) -> str:
+    """The constraints alone, one per line."""
+    lines = (re.sub(r"(^|\s)#.*", "", line).strip() for line in constraints.splitlines())
+    return "".join(f"{line}\n" for line in lines if line)
 
 
 def model_folder(given: Path | None) -> Path:

@@ -211,15 +211,15 @@ def arguments() -> argparse.Namespace:
         args.new_tokens, args.repeats = 8, 1
     names, selectors = {c.name for c in CASES}, args.only.split(",")
     args.chosen = [c for c in CASES if any(selects(w, c, names) for w in selectors)]
-    if args.list:
-        parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
     for option, allowed in (("sides", SIDES), ("modes", MODES)):
         values = [w for w in (getattr(args, option) or "").split(",") if w]
         if unknown := set(values) - set(allowed):
             parser.error(f"--{option}: unknown: {', '.join(sorted(unknown))}; choose from {', '.join(allowed)}")
         setattr(args, option, values)
     if not args.chosen:
-        parser.error(f"--only {args.only}: no such case; see --list")
+        parser.error(f"--only {args.only}: no such case; see --only all --list")
+    if args.list:
+        parser.exit(0, "\n".join(c.name for c in args.chosen) + "\n")
     if not args.data.is_file():
         parser.error(f"{args.data}: no such file; pass --data FILE.jsonl with a column chosen, prompt or text")
     return args

@@ -233,8 +233,6 @@ def audit_files(
     Raises:
         DataError: a file that cannot be read. ConfigError: a reward or function that cannot be loaded.
     """
-    if limit is not None and limit < 1:
-        raise ConfigError("limit", f"is {limit}", "give 1 or more")
     from penchant.data.audit import audit_files as run_audit
     from penchant.data.audit import split_names
 

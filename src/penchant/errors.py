@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
+from contextvars import ContextVar
+
+# the options of the command at work by the key of a config that each stands for, as data.shape: --layout; set by the command line
+OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("options", default=None)
+
+
+def setting(key: str, value: str | Mapping[str, str] = "") -> str:
+    """A setting as this person writes it: ``--layout NAME`` at a command with that option, else ``data.shape=NAME``."""
+    flag = (OPTIONS.get() or {}).get(key)
+    if not value:
+        return flag or key
+    if isinstance(value, str):
+        return f"{flag} {value}" if flag else f"{key}={value}"
+    if flag:
+        return " ".join(f"{flag} {k}={shlex.quote(v)}" for k, v in value.items())
+    return f"{key}={{{', '.join(f'{k}: {v}' for k, v in value.items())}}}"
+
 
 class PenchantError(Exception):
     """Base class of errors that are the input's fault, not the program's.

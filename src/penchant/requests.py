@@ -36,11 +36,22 @@ MOST: dict[type, float] = {int: 2**31 - 1, float: 1e30}  # beyond any sensible v
 NUMBERS: dict[str, tuple[type, str]] = {"int": (Integral, "a whole number"), "float": (Real, "a number")}
 
 
+def allowed_instead(value: float, low: float | None, high: float | None, above: float | None) -> str:
+    """What a number must be, as ``at least 1``; empty if it is within its bounds."""
+    if value != value:
+        return "a number"
+    if low is not None and value < low:
+        return f"at least {low:g}"
+    if above is not None and value <= above:
+        return f"more than {above:g}"
+    return f"at most {high:g}" if high is not None and value > high else ""
+
+
 def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
     """Build a request from keywords; lists are turned into tuples, and paths into texts.
 
     Raises:
-        ConfigError: a keyword that is not an option, a number beyond `MOST`, or something other than a number.
+        ConfigError: a keyword that is not an option, a number out of its bounds, or something other than a number.
     """
     names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
     for name in asked:
@@ -56,6 +67,9 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
         number, value = NUMBERS.get(str(f.type).removesuffix(" | None")), asked.get(f.name)
         if number is not None and value is not None and not isinstance(value, number[0]):
             raise ConfigError(f"--{f.name.replace('_', '-')}", f"is {value!r}", f"give {number[1]}")
+        bounds = (f.metadata.get(bound) for bound in ("low", "high", "above"))
+        if number is not None and value is not None and (allowed := allowed_instead(value, *bounds)):
+            raise ConfigError(f"--{f.name.replace('_', '-')}", f"is {value:g}", f"give {allowed}")
     values = {f.name: _plain(asked[f.name], f.default == ()) for f in fields(kind) if f.name in asked}  # type: ignore[arg-type]
     return kind(**values)
 
@@ -97,13 +111,15 @@ class EvalRequest:
     text: str | None = option("plain text on which to measure perplexity and bits per byte", metavar="FILE")
     reference: str | None = option("model to compare with, or none (default: its start, if known)", metavar="MODEL")
     base: str | None = option("base model of an adapter (default: the one that the adapter names)", metavar="MODEL")
-    beta: float | None = option("beta of implicit rewards (default: the run's loss.beta, else 1)")
+    beta: float | None = option("beta of implicit rewards (default: the run's loss.beta, else 1)", above=0)
     exact_kl: bool | None = option("KL over the whole vocabulary (default: if there is a reference)", either=True)
-    generate: int | None = option("how many prompts to write completions for", metavar="N", group=WRITES)
-    samples: int = option("completions per prompt (default: %(default)d)", 1, group=WRITES)
-    max_new_tokens: int = option("maximum number of tokens in a completion (default: %(default)d)", 64, group=WRITES)
-    temperature: float = option("temperature; 0: the likeliest token (default: %(default)g)", 1.0, group=WRITES)
-    seed: int = option("seed for sampling (default: %(default)d)", 0, group=WRITES)
+    generate: int | None = option("how many prompts to write completions for", metavar="N", group=WRITES, low=1)
+    samples: int = option("completions per prompt (default: %(default)d)", 1, group=WRITES, low=1)
+    max_new_tokens: int = option(
+        "maximum number of tokens in a completion (default: %(default)d)", 64, group=WRITES, low=1
+    )
+    temperature: float = option("temperature; 0: the likeliest token (default: %(default)g)", 1.0, group=WRITES, low=0)
+    seed: int = option("seed for sampling (default: %(default)d)", 0, group=WRITES, low=0)
     reward: Any = option("any reward: sentiment, path.py:function, a reward model's run", group=WRITES)  # noqa: RUF009
     also: tuple[str, ...] = option("another reward to report (repeatable)", (), "REWARD", group=WRITES)
     overlap: bool = option("compute BLEU and ROUGE against the data's answers", True, either=True, group=WRITES)
@@ -125,25 +141,13 @@ class EvalRequest:
         return self.text is not None and all(value is None for value in others)
 
     def check(self) -> None:
-        """Refuse options that are invalid or do not go together.
+        """Refuse options that do not go together, and files that cannot be written.
 
         Raises:
             ConfigError: names the flag.
         """
         from penchant.base.files import COMPLETIONS, FIGURES, ROWS, check_output
 
-        for flag, value, minimum in (
-            ("--generate", self.generate, 1),
-            ("--samples", self.samples, 1),
-            ("--max-new-tokens", self.max_new_tokens, 1),
-            ("--seed", self.seed, 0),
-        ):
-            if value is not None and value < minimum:
-                raise ConfigError(flag, f"is {value}", f"give at least {minimum}")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError("--temperature", f"is {self.temperature:g}", "give 0 (the likeliest token) or more")
-        if self.beta is not None and not 0 < self.beta < float("inf"):
-            raise ConfigError("--beta", f"is {self.beta:g}", "give a positive number")
         generation_options = {"--reward": self.reward, "--also": self.also, "--samples-output": self.samples_output}
         unused = next((flag for flag, value in generation_options.items() if value), None)
         if self.generate is None and unused is not None:
@@ -195,12 +199,12 @@ class CompareRequest:
     judge_key_env: str | None = option("environment variable with its key (default: OPENAI_API_KEY)", metavar="NAME")
     judge_instruction: str | None = option("file with a template that replaces the built-in one", metavar="FILE")
     judge_parameters: str | None = option("sampling parameters that replace the built-in ones", metavar="JSON")
-    judge_concurrency: int | None = option("how many questions to ask at a time (default: 4)", metavar="N")
+    judge_concurrency: int | None = option("how many questions to ask at a time (default: 4)", metavar="N", low=1)
     against: str | None = option("run to compare all others with (default: their common start)", metavar="RUN")
-    prompts: int = option("number of held-out prompts (default: %(default)d)", 200)
-    samples: int = option("completions per prompt (default: %(default)d)", 1)
-    max_new_tokens: int = option("maximum number of tokens in a completion (default: %(default)d)", 64)
-    seed: int = option("seed for sampling (default: %(default)d)", 0)
+    prompts: int = option("number of held-out prompts (default: %(default)d)", 200, low=1)
+    samples: int = option("completions per prompt (default: %(default)d)", 1, low=1)
+    max_new_tokens: int = option("maximum number of tokens in a completion (default: %(default)d)", 64, low=1)
+    seed: int = option("seed for sampling (default: %(default)d)", 0, low=0)
     step: str | None = option("checkpoint: best, last or a step's number (default: best if one is tracked, else last)")
     data: str | None = option("test rows; every use of them is recorded beside the file", metavar="FILE")
     output: str | None = option("where to write the comparison (default: beside the first run)", metavar="FOLDER")
@@ -277,7 +281,7 @@ class GetRequest:
     subsets: tuple[str, ...] = option("subset to read (repeatable), or all", (), "NAME", flag="--subset")
     revision: str | None = option("branch, tag or commit (default: the published one)", metavar="NAME")
     output: str | None = option("where to write (default: data/NAME)", metavar="FOLDER")
-    first: int | None = option("read only the first N rows, and download no more than they need", metavar="N")
+    first: int | None = option("read only the first N rows, and download no more than they need", metavar="N", low=1)
     redo: bool = option("start again if the folder holds another result", False)
     quiet: bool = option("do not show progress", False)
     workers: int | str | None = option(
@@ -292,7 +296,7 @@ class GetRequest:
         group=SPLIT,
         read=_shares,
     )
-    seed: int = option("seed of the split (default: %(default)d)", 0, group=SPLIT)
+    seed: int = option("seed of the split (default: %(default)d)", 0, group=SPLIT, low=0)
     published_splits: bool = option("keep the published splits; draw only the missing ones", False, group=SPLIT)
     language: tuple[str, ...] = option(
         "keep rows in this language, spelled as in the data: English, en (repeatable)", (), "NAME", group=WHICH

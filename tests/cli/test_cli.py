@@ -19,7 +19,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.errors import ConfigError
-from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest
+from penchant.requests import CompareRequest, EvalRequest, ExportRequest, GetRequest, request_of
 
 
 def _config(tmp_path: Path, **data: Any) -> str:
@@ -241,10 +241,32 @@ def test_bounds_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
         ["chat", "m", "--top-p", "0"],
         ["chat", "m", "--temperature", "nan"],
         ["serve", "m", "--port", "70000"],
+        ["eval", "m", "--generate", "0"],
+        ["eval", "m", "--temperature", "-1"],
+        ["eval", "m", "--beta", "0"],
+        ["compare", "m", "--seed", "-1"],
+        ["data", "get", "hh", "--seed", "-1"],
+        ["data", "audit", "a.jsonl", "--places", "-1"],
+        ["demo", "--seed", "-1"],
+        ["sweep", "run.yaml", "--plan", "--jobs", "0"],
     ):
         with pytest.raises(SystemExit) as end:
             main(command)
         assert end.value.code == 2 and f"{command[-2]}: {command[-1]} is not" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("request_kind", "asked"),
+    [
+        (EvalRequest, {"beta": 0.0}),
+        (EvalRequest, {"generate": 0}),
+        (CompareRequest, {"seed": -1}),
+        (GetRequest, {"seed": -1}),
+    ],
+)
+def test_bounds_hold_in_python_too(request_kind: type, asked: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=f"--{next(iter(asked))}: is .*; give (at least|more than)"):
+        request_of(request_kind, asked, "x")
 
 
 def test_gpus_that_are_not_there(

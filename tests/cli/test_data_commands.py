@@ -9,6 +9,8 @@ import pytest
 from audit_rows import pair, planted, write
 
 from penchant.cli import main
+from penchant.data.load import load_preferences
+from penchant.errors import DataError
 
 
 def test_several_files_are_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,6 +38,9 @@ def test_reward_and_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["data", "audit", "FILE", "--check", "toxic"], "names no function"),
         (["data", "audit", "FILE", "--reward", "nonsense"], "is not a reward"),
         (["data", "audit", "run.yaml", "--limit", "3"], "goes with data files"),
+        (["data", "audit", "run.yaml", "--limit", "0"], "goes with data files"),
+        (["data", "audit", "run.yaml", "--shape", "pairs"], "goes with data files"),
+        (["data", "audit", "run.yaml", "--workers", "2"], "goes with data files"),
         (["data", "audit", "FILE", "--limit", "-1"], "give 1 or more"),
         (["data", "audit", "FILE", "--json", "a.jsonl/x.json"], "cannot be written"),
         (["data", "audit", "FILE", "--html", "a.jsonl/x.html"], "cannot be written"),
@@ -65,6 +70,32 @@ def test_fix_says_what_it_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "20 rows = 13 written (0 of them changed) + 7 dropped" in said
     assert main(["data", "fix", str(source), str(output), "--redact", "pii", "--overwrite", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["redacted"] == {"email": 1}
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        (["data", "show", "FILE"], "--shape"),
+        (["data", "audit", "FILE"], "--shape"),
+        (["data", "fix", "FILE", "out.jsonl"], "--shape"),
+        (["data", "get", "mine", "--from", "FILE"], "--layout"),
+        (["data", "audit", "run.yaml"], "data.shape"),
+    ],
+)
+def test_errors_name_what_can_be_set_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], option: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(write(tmp_path / "a.jsonl", [{"q": f"q{i}", "my plus": "a", "minus": "b"} for i in range(6)]))
+    config = {"model": {"path": "."}, "data": {"path": path}, "loss": {"name": "dpo"}, "output": "run"}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+    assert main([path if part == "FILE" else part for part in command]) == 2
+    error = capsys.readouterr().err
+    assert option in error and {"--shape", "--layout", "data.shape"} & set(error.split()) == {option}
+    mapped = ("--column prompt=q --column chosen='my plus'" in error, "data.columns={prompt: q" in error)
+    assert mapped == (option[0] == "-", option[0] == "d")
+    with pytest.raises(DataError, match=r"data\.columns=\{prompt: q.*data\.shape"):  # as in Python and in the studio
+        load_preferences(path)
 
 
 NAMED = ["--column", "prompt=q", "--column", "chosen=plus", "--column", "rejected=minus"]

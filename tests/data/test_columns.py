@@ -173,7 +173,7 @@ def test_a_slip_in_a_name_is_asked_about(tmp_path: Path, theirs: str, row: dict[
     with pytest.raises(DataError, match=f'"{theirs}"') as error:
         load_preferences(written(tmp_path, row))
     name = ours.get(theirs, "rejected")
-    assert f"--column {name}={theirs}" in str(error.value)
+    assert f"data.columns={{{name}: {theirs}}}" in str(error.value)
     found = load_preferences(written(tmp_path, row), columns={name: theirs})
     assert found.columns is not None and not found.columns.unused
 

@@ -17,7 +17,7 @@ from penchant.data.layouts.hh import from_hh
 from penchant.data.load import load_preferences, summary, write_quarantine
 from penchant.data.split import prompt_key, split_by_prompt
 from penchant.data.tokenize import tokenize
-from penchant.errors import DataError
+from penchant.errors import ConfigError, DataError
 from penchant.types import Message
 
 USER, ANSWER = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "good"}
@@ -146,6 +146,8 @@ def test_several_files_and_limit(tmp_path: Path) -> None:
     paths = [str(tmp_path / n) for n in ("a.jsonl", "b.jsonl")]
     assert load_preferences(paths).total == 6
     assert load_preferences(paths, limit=4).trees[-1].source == "b.jsonl:1"
+    with pytest.raises(ConfigError, match="limit: is -1"):
+        load_preferences(paths, limit=-1)
 
 
 def test_the_fingerprint_is_of_content() -> None:
@@ -218,11 +220,9 @@ def test_half_of_a_surrogate_pair_is_a_bad_row(tmp_path: Path, row: str) -> None
 
 
 def test_the_way_to_map_columns_uses_the_files_own_names() -> None:
-    with pytest.raises(
-        DataError, match=r"--column prompt=frage --column chosen='gute antwort' --column rejected=schlechte"
-    ):
+    with pytest.raises(DataError, match=r"data\.columns=\{prompt: frage, chosen: gute antwort, rejected: schlechte\}"):
         from_rows([{"frage": "p", "nr": 1, "gute antwort": "c", "schlechte": "r"}])
-    with pytest.raises(DataError, match=r"--column prompt=frage --column completion=antwort \("):
+    with pytest.raises(DataError, match=r"data\.columns=\{prompt: frage, completion: antwort\}"):
         from_rows([{"frage": "p", "antwort": "c"}])
 
 

@@ -209,8 +209,9 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "get"]) == 0
     said = capsys.readouterr().out
     assert all(spec.name in said for spec in SPECS)
-    assert main(["data", "get", "--from", "pairs.jsonl"]) == 2
-    assert "data get: the NAME is missing" in capsys.readouterr().err
+    for option in (["--from", "pairs.jsonl"], ["--first", "9"], ["--quiet"], ["--column", "prompt=q"]):
+        assert main(["data", "get", *option]) == 2
+        assert f"{option[0]}: goes with a NAME" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,6 +359,7 @@ def test_pairs_become_other_kinds(tmp_path: Path) -> None:
         ({"split": (0.5, 0.5, 0.5)}, "add up to 1"),
         ({"split": (0, 0.5, 0.5)}, "train has no share"),
         ({"first": 0}, "--first"),
+        ({"seed": -1}, "--seed"),
         ({"as_": "pairs"}, "choose one of sft, prompts, unpaired"),
         ({"redacted": "no"}, "--redacted"),
         ({"moderation": 2.0}, "--moderation"),
@@ -382,6 +384,13 @@ def test_what_cannot_be_done_is_said_before_anything_is(lmsys: Path, tmp_path: P
     with pytest.raises(PenchantError, match=words):
         get("lmsys", lmsys, tmp_path / "out", **asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError):
+        get("mine", tmp_path / "nowhere.jsonl", tmp_path / "out")
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_columns_and_detection(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

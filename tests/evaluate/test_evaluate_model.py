@@ -256,13 +256,10 @@ MISTAKES = {
         "give each reward a number",
     ),
     "completions of nothing": (["{base}", "--data", "{test}", "--samples-output", "x"], "--samples-output"),
-    "no prompts": (["{base}", "--data", "{test}", "--generate", "0"], "--generate: is 0; give at least 1"),
-    "a negative temperature": (["{base}", "--data", "{test}", "--generate", "2", "--temperature", "-1"], "is -1"),
     "many greedy ones": (
         ["{base}", "--data", "{test}", "--generate", "2", "--temperature", "0", "--samples", "2"],
         "all alike",
     ),
-    "a beta of nothing": (["{base}", "--data", "{test}", "--beta", "0"], "--beta: is 0"),
     "steps of a model": (["{base}", "--data", "{test}", "--step", "3"], "is not a run, so it has no steps"),
     "a step that is not there": (["{run}", "--data", "{test}", "--step", "7"], "there are step-"),
     "two steps": (["{run}/checkpoints/step-2", "--data", "{test}", "--step", "1"], "is step 2 already"),

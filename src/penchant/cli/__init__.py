@@ -154,7 +154,7 @@ def _run(argv: Sequence[str] | None) -> int:
             return code
     from penchant.base.functions import no_exit
     from penchant.base.mistakes import mistake
-    from penchant.cli.arguments import apply_bounds
+    from penchant.cli.arguments import apply_bounds, options_in_errors
 
     parser = build_parser()
     args, unknown = parser.parse_known_args(argv)
@@ -178,7 +178,7 @@ def _run(argv: Sequence[str] | None) -> int:
             for stream in (sys.stdout, sys.stderr):
                 if isinstance(stream, Shown):
                     stream.leaves = not stream.isatty()
-        with no_exit(), apply_bounds(args):
+        with no_exit(), apply_bounds(args), options_in_errors(getattr(args, "parser", None)):
             return int(args.handler(args) or 0)
     except KeyboardInterrupt:
         print("penchant: interrupted", file=sys.stderr)

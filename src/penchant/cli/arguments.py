@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_type_hints
 
-from penchant.requests import MOST
+from penchant.errors import OPTIONS
+from penchant.requests import MOST, allowed_instead
 
 # ---- `--column ours=yours`, spelled the same in every command that reads rows ----
 
@@ -82,6 +83,20 @@ def apply_bounds(args: argparse.Namespace) -> Iterator[None]:
         BOUNDS.reset(token)
 
 
+OPTION_KEYS = {"shape": "data.shape", "layout": "data.shape", "columns": "data.columns"}
+
+
+@contextmanager
+def options_in_errors(parser: argparse.ArgumentParser | None) -> Iterator[None]:
+    """Within the block, errors name the command's own options in place of the keys of a config."""
+    actions = () if parser is None else parser._actions
+    token = OPTIONS.set({OPTION_KEYS[a.dest]: a.option_strings[0] for a in reversed(actions) if a.dest in OPTION_KEYS})
+    try:
+        yield
+    finally:
+        OPTIONS.reset(token)
+
+
 # ---- options from the fields of a request ----
 
 
@@ -132,19 +147,25 @@ def options_of(args: argparse.Namespace, request: type) -> dict[str, Any]:
     return options
 
 
+def flags_given(args: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[str, str]:
+    """The options that have another value than by default, and the flag of each."""
+    flags: dict[str, str] = {}
+    for action in parser._actions:
+        if action.option_strings and getattr(args, action.dest, action.default) != parser.get_default(action.dest):
+            flags.setdefault(action.dest, action.option_strings[0])  # of two spellings, the first
+    return flags
+
+
 def number_type(kind: type, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
     """Return an argparse type for finite numbers within bounds, and within what any machine can count or hold."""
-    upper = MOST[kind] if high is None else high
-    bounds = [(low, "at least"), (above, "more than"), (upper, "at most")]
-    expected = " and ".join(f"{word} {bound:g}" for bound, word in bounds if bound is not None)
+    least, most = (-MOST[kind] if low is None else low), (MOST[kind] if high is None else high)
 
     def number(text: str) -> float:
         from penchant.base.text import short
 
         value: float = kind(text) if len(text) <= 400 else math.inf
-        lower = -MOST[kind] if low is None else low
-        if not (lower <= value <= upper and (above is None or value > above)):
-            raise argparse.ArgumentTypeError(f"{short(text)} is not {'a number' if value != value else expected}")
+        if allowed := allowed_instead(value, least, most, above):
+            raise argparse.ArgumentTypeError(f"{short(text)} is not {allowed}")
         return value
 
     number.__name__ = kind.__name__  # argparse says "invalid int value"

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from penchant.cli.arguments import add_arguments, add_columns, column_pairs, number_type, options_of
+from penchant.cli.arguments import add_arguments, add_columns, column_pairs, flags_given, number_type, options_of
 from penchant.requests import FixRequest, GetRequest, workers_in
 
 
@@ -26,7 +26,7 @@ def _add_get(subparsers: Any) -> None:
         "get", help="fetch a published data set, or read a copy of it, and write train, validation and test rows"
     )
     add_arguments(get, GetRequest)
-    get.set_defaults(handler=_get)
+    get.set_defaults(handler=_get, parser=get)
 
 
 def _get(args: argparse.Namespace) -> int:
@@ -34,9 +34,9 @@ def _get(args: argparse.Namespace) -> int:
         from penchant.download.catalogue import table
         from penchant.errors import ConfigError
 
-        if args.source is not None or args.output is not None:
-            what, how = "the NAME is missing", "add one, such as owner/name; without any option, the catalog is listed"
-            raise ConfigError("data get", what, how)
+        if given := flags_given(args, args.parser):
+            how = "add one, such as owner/name; without any option, the catalog is listed"
+            raise ConfigError(", ".join(given.values()), "goes with a NAME, and the NAME is missing", how)
         print(table())
         return 0
     from penchant import api
@@ -93,7 +93,7 @@ def _add_show(subparsers: Any) -> None:
     )
     add_columns(show)
     show.add_argument("--json", action="store_true", help="print JSON")
-    show.set_defaults(handler=_show)
+    show.set_defaults(handler=_show, parser=show)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -149,7 +149,7 @@ def _add_audit(subparsers: Any) -> None:
     )
     audit.add_argument(
         "--places",
-        type=number_type(int),
+        type=number_type(int, low=0, high=1000),
         default=20,
         metavar="N",
         help="places listed per finding in the JSON, up to 1000 (default: 20)",
@@ -158,7 +158,7 @@ def _add_audit(subparsers: Any) -> None:
         "--all", action="store_true", help="show every count, with those that found nothing, and lengths"
     )
     audit.add_argument("--html", metavar="FILE", help="also write an HTML page")
-    audit.set_defaults(handler=_audit)
+    audit.set_defaults(handler=_audit, parser=audit)
 
 
 def _audit(args: argparse.Namespace) -> int:
@@ -166,7 +166,7 @@ def _audit(args: argparse.Namespace) -> int:
 
     from penchant import api
     from penchant.base.files import AUDITED, PAGE, check_output, write_output
-    from penchant.errors import ConfigError
+    from penchant.errors import OPTIONS, ConfigError
 
     paths = list(args.paths)
     if args.json not in (None, "-") and ("=" in args.json or args.json.endswith((*YAML, ".jsonl", ".parquet"))):
@@ -178,10 +178,11 @@ def _audit(args: argparse.Namespace) -> int:
         if path not in (None, "-"):
             check_output(path, own_start, inputs)
     if paths and paths[0].endswith(YAML):
-        for name, key in (("split", "eval_path"), ("limit", "limit"), ("columns", "columns")):
-            if getattr(args, name):
-                flag = "--column" if name == "columns" else f"--{name}"
+        for name, flag in flags_given(args, args.parser).items():
+            if name in ("split", "limit", "columns", "shape", "workers"):
+                key = {"split": "eval_path"}.get(name, name)
                 raise ConfigError(flag, "goes with data files, not with a config", f"set data.{key} there")
+        OPTIONS.set(None)  # the settings are the config's
         result = api.audit(paths[0], *paths[1:], reward=args.reward, check=args.check, languages=not args.no_languages)
     else:
         result = api.audit_files(
@@ -228,7 +229,7 @@ def _add_fix(subparsers: Any) -> None:
     fix = subparsers.add_parser("fix", help="write a cleaned copy of a data file, and a list of every row it touched")
     add_arguments(fix, FixRequest)
     fix.add_argument("--json", action="store_true", help="print JSON")
-    fix.set_defaults(handler=_fix)
+    fix.set_defaults(handler=_fix, parser=fix)
 
 
 def _fix(args: argparse.Namespace) -> int:

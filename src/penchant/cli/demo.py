@@ -15,7 +15,9 @@ def add(commands: Any) -> None:
     )
     demo.add_argument("--output", default="runs/demo", help="run folder (default: runs/demo)")
     demo.add_argument("--reviews", help="film reviews (JSONL with a text field) on which perplexity is also measured")
-    demo.add_argument("--seed", type=number_type(int), default=0, help="seed of sampling and training (default: 0)")
+    demo.add_argument(
+        "--seed", type=number_type(int, low=0), default=0, help="seed of sampling and training (default: 0)"
+    )
     demo.set_defaults(handler=_demo, allocator=True)
 
 

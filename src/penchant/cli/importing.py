@@ -31,7 +31,11 @@ def add(commands: Any) -> None:
         "--method", default="auto", help="which trainer the file is for, if it does not say: sft, dpo, grpo ..."
     )
     parser.add_argument(
-        "--devices", type=number_type(int), default=1, metavar="N", help="number of GPUs that its run used (default: 1)"
+        "--devices",
+        type=number_type(int, low=1),
+        default=1,
+        metavar="N",
+        help="number of GPUs that its run used (default: 1)",
     )
     parser.add_argument("--output", metavar="FILE.yaml", help="where to write the config (default: print it)")
     parser.add_argument("--force", action="store_true", help="overwrite an existing file")

@@ -33,7 +33,7 @@ def add(commands: Any) -> None:
     )
     init.add_argument("--run-folder", metavar="FOLDER", help="where the run will write (default: runs/GOAL)")
     init.add_argument("--output", metavar="FILE", default="run.yaml", help="the config to write (default: run.yaml)")
-    init.set_defaults(handler=run)
+    init.set_defaults(handler=run, parser=init)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     add_config(sweep, "SWEEP.yaml, or a run's CONFIG.yaml", overrides=overrides_help)
     sweep.add_argument(
         "--jobs",
-        type=number_type(int),
+        type=number_type(int, low=1),
         metavar="N",
         help="how many runs to train at a time, each on its share of the cores (default: 1; on a cluster all of them)",
     )

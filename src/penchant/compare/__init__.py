@@ -387,9 +387,6 @@ def compare_runs(paths: Sequence[str | Path], question: CompareRequest, *, quiet
     if also and question.reward is None:
         raise ConfigError("--also", "is given without a reward", "name the first one as --reward")
     _judge_options(question)  # raises if an endpoint option is given without a judge
-    for name in ("prompts", "samples", "max_new_tokens"):
-        if getattr(question, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}", "is below 1", "give 1 or more")
     return RunComparer(paths, question, quiet).run()
 
 

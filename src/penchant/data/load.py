@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import json
 import re
-import shlex
 import tempfile
 from array import array
 from collections import Counter
@@ -32,7 +31,7 @@ from penchant.data.layouts import (
 from penchant.data.layouts.fields import NOTHING_WRONG, PICTURES, finite, parse_messages
 from penchant.data.read import BadRow, Bounds, Row, read_rows
 from penchant.data.read.source import Missing
-from penchant.errors import ConfigError, DataError
+from penchant.errors import ConfigError, DataError, setting
 from penchant.types import Completion, Message, Prompt, PromptTree
 
 # ---- Counts of the rows' own columns: whether the answer shown first won, and the language ----
@@ -553,6 +552,8 @@ class Stream(Conversion):
         weight: str | None = None,
         image_dir: str | None = None,
     ) -> None:
+        if limit is not None and limit < 1:
+            raise ConfigError("limit", f"is {limit}", "give 1 or more")
         pictures: Any = None
         if image_dir is not None:
             from penchant.data.pictures import Pictures
@@ -614,7 +615,9 @@ class Stream(Conversion):
             ):
                 what = f'the column "{printable(column)}" would not be used (layout {self.shape}); is it "{ours}"?'
                 raise DataError(
-                    self.name, what, f"{_mapping_advice(ours, printable(column))}, or set data.shape={self.shape}"
+                    self.name,
+                    what,
+                    f"{_mapping_advice(ours, printable(column))}, or set {setting('data.shape', self.shape)}",
                 )
 
     def load(self, on_bad_row: str) -> Dataset:
@@ -632,7 +635,7 @@ class Stream(Conversion):
             reasons = "; ".join(f"{n}x {what}" for what, n in Counter(q.what for q in aside).most_common(3))
             what = f"none of {counted(len(aside), 'row')} could be used ({reasons})"
             pictures = aside and all(q.how == PICTURES for q in aside)
-            raise DataError(self.name, what, PICTURES if pictures else "fix the rows or set data.shape")
+            raise DataError(self.name, what, PICTURES if pictures else f"fix the rows or set {setting('data.shape')}")
         total, content = self.accepted + len(aside), self._digest.hexdigest()
         more = self.accepted, self.detection, self.columns
         return Dataset(trees, self.shape, self.kind, total, aside, content, *more)
@@ -650,7 +653,9 @@ def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[st
     present = {str(c) for r in first if isinstance(r, Row) for c in r.values}
     for ours, theirs in columns.items():
         if suggestion := likely_typo_of(ours):
-            what = f'data.columns maps "{printable(ours)}" to {printable(theirs)}, and there is no such field'
+            what = (
+                f'{setting("data.columns")} maps "{printable(ours)}" to {printable(theirs)}, and there is no such field'
+            )
             raise DataError(name, what, f'did you mean "{suggestion}"?')
     absent = {ours: theirs for ours, theirs in columns.items() if present and theirs not in present}
     for ours, theirs in absent.items():
@@ -660,14 +665,16 @@ def _check_columns(first: Sequence[Row | BadRow], name: str, columns: Mapping[st
 
 
 def _missing_column_error(name: str, field_name: str, column: str, available: Iterable[str]) -> DataError:
-    what = f'data.columns maps {printable(field_name)} to "{printable(column)}", and there is no such column'
+    what = (
+        f'{setting("data.columns")} maps {printable(field_name)} to "{printable(column)}", and there is no such column'
+    )
     suggestion = closest(column, available)
     how = f'did you mean "{printable(suggestion)}"? ' if suggestion else ""
     return DataError(name, what, f"{how}there are {', '.join(map(printable, sorted(available)))}")
 
 
 def _mapping_advice(field_name: str, column: str) -> str:
-    return f"map it with --column {field_name}={column} (in a config data.columns={{{field_name}: {column}}})"
+    return f"map it with {setting('data.columns', {field_name: column})}"
 
 
 def detect_layout(
@@ -715,14 +722,14 @@ def detect_layout(
     if typos:
         theirs, ours = typos[0]
         what = f'the columns ({", ".join(column_names)}) fit no known layout; is "{theirs}" your "{ours}"?'
-        raise DataError(name, what, f"{_mapping_advice(ours, theirs)}, or name the layout with data.shape")
+        raise DataError(name, what, f"{_mapping_advice(ours, theirs)}, or name the layout with {setting('data.shape')}")
     if _looks_like_a_row(name, [r for r in first if isinstance(r, Row)]):
         raise DataError(
             name,
             f"its first line is read as the names of its columns ({', '.join(column_names)}), and they look like a row",
             "put a line with names in front, such as prompt,chosen,rejected or prompt,completion with this file's delimiter",
         )
-    how = f"{_example_of(rows)}, or name the layout with data.shape (`penchant data formats` lists them)"
+    how = f"{_example_of(rows)}, or name the layout with {setting('data.shape')} (`penchant data formats` lists them)"
     raise DataError(name, f"the columns ({', '.join(column_names) or 'none'}) fit no known layout", how)
 
 
@@ -742,9 +749,7 @@ def _example_of(rows: Sequence[Mapping[str, Any]]) -> str:
     ours = ("prompt", "chosen", "rejected") if len(names) > 2 else ("prompt", "completion")
     theirs = names if len(names) > 1 else ["question", "good", "bad"]
     ours = ours if len(names) > 1 else ("prompt", "chosen", "rejected")
-    mapping = dict(zip(ours, theirs, strict=False))
-    options = " ".join(f"--column {k}={shlex.quote(v)}" for k, v in mapping.items())
-    return f"map your columns, e.g. {options} (in a config, data.columns={{{', '.join(f'{k}: {v}' for k, v in mapping.items())}}})"
+    return f"map your columns, e.g. {setting('data.columns', dict(zip(ours, theirs, strict=False)))}"
 
 
 LONG_NAME = 30  # characters: a column's name is a word or a few
@@ -867,16 +872,14 @@ def unused_of(rows: Dataset | Stream) -> str:
     return ", ".join(names[:MAX_NAMED]) + rest
 
 
-def layout_line(
-    rows: Dataset | Stream, path: str | Sequence[str], option: str = "data.shape", override: str = "data.shape=NAME"
-) -> str:
+def layout_line(rows: Dataset | Stream, path: str | Sequence[str]) -> str:
     """``train.jsonl: layout hh (columns chosen, rejected hold ...); other fits: pairs; override with data.shape=NAME``."""
     name = ", ".join(map(shown_path, [path] if isinstance(path, str) else path))
     unused = unused_of(rows)
     suffix = f"; not used: {unused}" if unused else ""
     if rows.detection is None:
-        return f"{name}: layout {rows.shape}, as {option} says{suffix}"
-    return rows.detection.sentence(name, override) + suffix
+        return f"{name}: layout {rows.shape}, as {setting('data.shape')} says{suffix}"
+    return rows.detection.sentence(name, setting("data.shape", "NAME")) + suffix
 
 
 def shown_path(path: str) -> str:

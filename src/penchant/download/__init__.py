@@ -77,6 +77,7 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
     """
     check_request(request)
     folder = Path(request.output or default_output(request.name)).expanduser()
+    made_here = not folder.exists()
     try:
         work = folder / WORK
         existing = _check_folder(folder, identity(request), request.redo)
@@ -96,8 +97,9 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
     except PenchantError:
         if request.source is not None and not any(work.glob("part-*")):  # nothing was read yet
             shutil.rmtree(work, ignore_errors=True)
-            with suppress(OSError):
-                folder.rmdir()
+            if made_here:
+                with suppress(OSError):
+                    folder.rmdir()
         raise
     except OSError as error:
         what = f"cannot be written ({error.strerror or error})"

@@ -49,8 +49,6 @@ def check_request(request: GetRequest) -> None:
     _check_split(request.split)
     if request.source is not None and request.revision is not None:
         raise ConfigError("--revision", "is given together with --from, a copy on this machine", "leave one out")
-    if request.first is not None and request.first < 1:
-        raise ConfigError("--first", f"is {request.first}", "give a number of rows, 1 or more")
     for flag, value, allowed in (("--as", request.as_, (None, *AS)), ("--redacted", request.redacted, REDACTED)):
         if value not in allowed:
             raise ConfigError(flag, f"is {value!r}", f"choose one of {', '.join(filter(None, allowed))}")

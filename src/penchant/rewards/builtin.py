@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from penchant.base.functions import is_own
 from penchant.base.section import Place, Section, refuse_idle
-from penchant.errors import ConfigError, RewardError
+from penchant.errors import ConfigError, RewardError, setting
 
 # (prompts, completions, **columns) -> one number per completion, or None if it does not apply; may be async
 RewardFunction = Callable[..., Any]
@@ -46,7 +46,7 @@ def accuracy(
         ConfigError: the rows have no such column, or the extra is not installed.
     """
     if answer is None and solution is None:
-        how = "name the right answers so with data.columns={answer: YOURS}"
+        how = f"name the right answers so with {setting('data.columns', {'answer': 'YOURS'})}"
         raise ConfigError("reward accuracy", 'the rows have no column "answer" or "solution"', how)
     no_values: list[Any] = [None] * len(completions)
     gold_answers = [a if a is not None else s for a, s in zip(answer or no_values, solution or no_values, strict=True)]
@@ -325,18 +325,18 @@ class RewardConfig(Section):
         terms: dict[str, float] = {}
         options: dict[str, Section] = {}
         settings = {k: v for k, v in value.items() if k in ("device", "timeout")}
-        for name, setting in value.items():
+        for name, entry in value.items():
             if name in settings:
                 continue
             if not isinstance(name, str):
                 raise ValueError(f"{name!r} is not the name of a reward; write NAME: WEIGHT")
-            weight = setting
-            if isinstance(setting, Mapping):
-                weight = setting.get("weight", 1.0)
-                options[name] = _options(name, {k: v for k, v in setting.items() if k != "weight"})
+            weight = entry
+            if isinstance(entry, Mapping):
+                weight = entry.get("weight", 1.0)
+                options[name] = _options(name, {k: v for k, v in entry.items() if k != "weight"})
             if isinstance(weight, bool) or not isinstance(weight, (int, float)):
                 raise ValueError(f"{name} is {weight!r}; give each reward a number as its weight")
-            if not isinstance(setting, Mapping) and kind_of(name) in WITH_OPTIONS and ":" not in name:
+            if not isinstance(entry, Mapping) and kind_of(name) in WITH_OPTIONS and ":" not in name:
                 _options(name, {})  # raises if it requires options
             terms[name] = float(weight)
         if isinstance(settings.get("timeout"), int) and not isinstance(settings["timeout"], bool):

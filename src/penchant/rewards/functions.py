@@ -20,7 +20,7 @@ from penchant.base.functions import TookTooLong, guarded, in_thread, is_own, pyt
 from penchant.base.text import closest, counted, short
 from penchant.data.load import prompt_json, prompt_text
 from penchant.distributed.world import current
-from penchant.errors import ConfigError, PenchantError, RewardError
+from penchant.errors import ConfigError, PenchantError, RewardError, setting
 from penchant.rewards.builtin import (
     BUILT_IN,
     LARGEST,
@@ -309,7 +309,11 @@ def _no_column(
     columns = f"the rows have {', '.join(available)}" if available else "the rows have no further columns"
     how = f'did you mean "{suggestion}"? ' if suggestion else ""
     what = f'{name} takes "{column}", and there is no such column; {columns}'
-    return kind("reward", what, f"{how}map one with data.columns={{{column}: YOURS}}, or give the argument a default")
+    return kind(
+        "reward",
+        what,
+        f"{how}map one with {setting('data.columns', {column: 'YOURS'})}, or give the argument a default",
+    )
 
 
 # ---- one call ----

@@ -11,7 +11,7 @@ from penchant.base.text import closest
 from penchant.data.layouts import compared, factory, hh, oasst, own, plain, rated  # noqa: F401  they fill LAYOUTS
 from penchant.data.layouts.fields import LABELS, RATING_COLUMNS, LeftOut, RowError, finite
 from penchant.data.layouts.layout import LAYOUTS, Detection, Group, Layout, Option
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, setting
 
 __all__ = [
     "LAYOUTS",
@@ -29,16 +29,16 @@ __all__ = [
 ]
 
 
-def layout_named(name: str, where: str = "data.shape") -> Layout:
+def layout_named(name: str, where: str = "") -> Layout:
     """Look up a layout by name in the registry, or load a user's own (``path.py:Name``).
 
     Raises:
         ConfigError: there is no layout of this name, or the user's own is invalid.
     """
     if is_own(name):
-        return own.own_layout(name, where)
+        return own.own_layout(name, where or setting("data.shape"))
     if name not in LAYOUTS:
-        raise ConfigError(where, f"{name!r} is not a layout", unknown_layout_advice(name))
+        raise ConfigError(where or setting("data.shape"), f"{name!r} is not a layout", unknown_layout_advice(name))
     return LAYOUTS[name]
 
 
@@ -115,7 +115,7 @@ STEPWISE = (
 SEVERAL = "these rows have a prompt and several answers, or a ranking of them, in an unknown layout"
 HOW_SEVERAL = (
     "write a row for each answer with prompt, completion and score (the higher the better), or pairs with prompt, chosen and "
-    "rejected; with two answers in columns of their own, map them with --column chosen=BETTER --column rejected=WORSE"
+    "rejected; with two answers in columns of their own, map them with "
 )
 
 
@@ -146,6 +146,7 @@ def detect(rows: Iterable[Mapping[str, Any]]) -> Detection:
             None, STEPWISE, how="there are no process rewards here; make one completion and one label of it"
         )
     if name == "several":
-        return Detection(None, SEVERAL, how=HOW_SEVERAL)
+        mapping = setting("data.columns", {"chosen": "BETTER", "rejected": "WORSE"})
+        return Detection(None, SEVERAL, how=HOW_SEVERAL + mapping)
     others = tuple(n for n in LAYOUTS if n != name and 2 * fits[n] >= votes[name])
     return Detection(name, LAYOUTS[name].why, others)

@@ -212,5 +212,5 @@ def preview(path: str, rows: int = 3, **how: Any) -> Preview:
         DataError: it cannot be read, or has no known layout. ConfigError: an unknown layout or option.
     """
     stream = stream_preferences(path, limit=MOST_ROWS, **how)
-    headline = layout_line(stream, path, "--shape", "--shape NAME, or data.shape=NAME in a config")
+    headline = layout_line(stream, path)
     return Preview(shown_path(path), headline, stream, tuple(islice(stream, rows)))
