@@ -536,7 +536,8 @@ class Stream(Conversion):
         rows: of one or several files; name: of the files, for messages; the others: see `Reading`.
 
     Raises:
-        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns fit no known layout.
+        ConfigError: an unknown layout, an option that it does not have, or a limit below 1.
+        DataError: the columns fit no known layout.
     """
 
     def __init__(
@@ -553,6 +554,8 @@ class Stream(Conversion):
         weight: str | None = None,
         image_dir: str | None = None,
     ) -> None:
+        if limit is not None and limit < 1:
+            raise ConfigError("limit", f"is {limit}", "give 1 or more")
         pictures: Any = None
         if image_dir is not None:
             from penchant.data.pictures import Pictures

@@ -405,7 +405,11 @@ def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu"
     Raises:
         ConfigError: no such built-in, file, folder or function, or one that requires a column missing in the rows.
     """
-    config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
+    try:
+        config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
+    except ValidationError as error:  # something other than names and weights
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError("reward", message, "write NAME or {NAME: WEIGHT, ...}") from error
     if not config.terms:
         raise ConfigError("reward", "is empty", f"name one: {', '.join(BUILT_IN)}, path.py:function or a folder")
     if "accuracy" in config.terms and importlib.util.find_spec("math_verify") is None:
