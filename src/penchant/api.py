@@ -217,17 +217,16 @@ def audit(
     from penchant.given import is_rows
 
     options = _named({"data": config, "reward": reward, "check": check}, "reward", "check")
-    reward, check = options["reward"], options["check"]
     if is_rows(config):
         config = _named({"data": config}, "data")["data"]
     if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
         if overrides:
             raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
-        return audit_files(str(config), reward=reward, check=check, languages=languages)
+        return audit_files(str(config), reward=options["reward"], check=options["check"], languages=languages)
     from penchant.runs import Run
 
-    run = Run(as_config(config, overrides), quiet=quiet)
-    return run.rows.audit(tokenize=tokenise, languages=languages, counters=_own_counters(reward, check))
+    run, counters = Run(as_config(config, overrides), quiet=quiet), _own_counters(options["reward"], options["check"])
+    return run.rows.audit(tokenize=tokenise, languages=languages, counters=counters)
 
 
 @checked
