@@ -11,6 +11,7 @@ import pytest
 from penchant import api
 from penchant.errors import ConfigError
 from penchant.requests import EvalRequest, GetRequest, request_of
+from penchant.runs.state import check_reward
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,8 @@ from penchant.requests import EvalRequest, GetRequest, request_of
         (lambda: api.export("a", to=None), "to: is None; give a text"),
         (lambda: api.export("a\0", to="pt"), "run: holds a NUL character"),
         (lambda: api.track("a", 5), r"to\[0\]: is 5; give a text"),
+        (lambda: api.track("a", "wandb", say=5), "say: is 5; give a function"),
+        (lambda: check_reward(5), "reward: .*; write NAME or"),
         (lambda: api.sweep(5), "config: is 5; give a dict, a text or a path"),
         (lambda: api.pipeline({}, redo=5), "redo: is 5; give a text or a list"),
         (lambda: api.fix("a", "b", drop=5), "drop: is 5; give a text or a list"),
@@ -51,6 +54,8 @@ from penchant.requests import EvalRequest, GetRequest, request_of
         (lambda: api.load_preferences(None), "path: is None; give a text, a path or a list"),
         (lambda: api.load_preferences([{"prompt": "a"}]), r"path\[0\]: is of type dict"),
         (lambda: api.load_preferences("a", shape=5), "shape: is 5; give a text"),
+        (lambda: api.load_preferences("a", on_bad_row="drop"), "on_bad_row: is 'drop'; give error or skip"),
+        (lambda: api.load_preferences("a", identical=""), "identical: is ''; give bad_row or keep"),
         (lambda: api.load_preferences("a", limit=-1), "limit: is -1; give 1 or more"),
         (lambda: api.load_preferences("a", bounds={"rows": 1}), 'unknown key "rows" in bounds'),
     ],

@@ -394,11 +394,13 @@ def export(run: str | Path, *, say: Callable[[str], None] = lambda _: None, **as
 
 
 @checked
-def track(run: str | Path, *to: str, **options: Any) -> bool:
+def track(
+    run: str | Path, *to: str, anew: bool = False, say: Callable[[str], None] = lambda _: None, **settings: Any
+) -> bool:
     """Send a run's metrics to trackers afterwards; return whether every line was sent. See `penchant.track.track_run`."""
     from penchant.track import track_run
 
-    return track_run(run, to, **options)
+    return track_run(run, to, anew=anew, say=say, **settings)
 
 
 @checked
