@@ -377,22 +377,6 @@ def test_callbacks_that_are_none_are_refused() -> None:
         Callbacks([lambda step, metrics: True])("on_step", 1, {})
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (lambda: api.train(None), "config: is of type NoneType"),  # type: ignore[arg-type]
-        (lambda: api.train({}, {"train.lr": 1}), "is not an override"),  # type: ignore[arg-type]
-        (lambda: api.train({}, dat=[]), 'dat: is not an argument; did you mean "data"'),
-        (lambda: api.evaluate(None), "config: is of type NoneType"),  # type: ignore[arg-type]
-        (lambda: api.evaluate("nowhere", generate="8"), "--generate: is '8'; give a whole number"),
-        (lambda: api.audit(3), "config: is of type int"),
-    ],
-)
-def test_arguments_of_a_wrong_kind_are_named(call: Any, words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        call()
-
-
 # ---- figures ----
 
 

@@ -14,6 +14,8 @@ from penchant.requests import (
     ExportRequest,
     FixRequest,
     GetRequest,
+    check_type,
+    checked,
     names_in,
     request_of,
     shows,
@@ -34,14 +36,24 @@ if TYPE_CHECKING:
     from penchant.sweep.conduct import SweepResult
 
 
+@checked
 def load_preferences(path: str | Path | Sequence[str], **options: Any) -> Dataset:
     """Read preference data from files or a hub id; see `penchant.data.load.load_preferences`."""
+    from penchant.data.load import Reading
     from penchant.data.load import load_preferences as load
 
+    for name in options.keys() & Reading.__annotations__:
+        check_type(name, options[name], Reading.__annotations__[name].__forward_arg__)
+    if "bounds" in options:
+        from penchant.config.several import read_section
+        from penchant.data.read import Bounds
+
+        options["bounds"] = read_section(Bounds, "bounds", options, {}, "load_preferences").model_dump()
     return load(path, **options)
 
 
 @shows(GetRequest)
+@checked
 def get_data(name: str, **asked: Any) -> GetResult:
     """Write a published dataset, from the hub or a local copy, as train.jsonl, validation.jsonl and test.jsonl in a folder.
 
@@ -60,6 +72,7 @@ def get_data(name: str, **asked: Any) -> GetResult:
     return get_data(request, (lambda line: None) if request.quiet else print_progress)
 
 
+@checked
 def train(
     config: RunConfig | Mapping[str, Any] | str | Path,
     *overrides: str,
@@ -92,6 +105,7 @@ def train(
     ).train()
 
 
+@checked
 def plan(
     config: RunConfig | Mapping[str, Any] | str | Path,
     *overrides: str,
@@ -124,6 +138,7 @@ def plan(
 
 
 @shows(EvalRequest)
+@checked
 def evaluate(
     config: RunConfig | Mapping[str, Any] | str | Path,
     *overrides: str,
@@ -150,16 +165,19 @@ def evaluate(
         CheckpointError, ConfigError, DataError, ModelError, RewardError: an error that the user can fix.
     """
     from penchant.config import parse_yaml
-    from penchant.evaluate import evaluate_model
 
     asked = _named(asked, "data", "reward", "also")
     reward = asked.get("reward")
     if isinstance(reward, str) and reward.lstrip().startswith("{"):
         asked["reward"], _ = parse_yaml(reward, "--reward")
     source = config if isinstance(config, (str, Path)) else as_config(config, overrides)
-    return evaluate_model(source, overrides, request_of(EvalRequest, asked, "eval"), quiet=quiet, rows=rows)
+    request = request_of(EvalRequest, asked, "eval")  # before torch is imported
+    from penchant.evaluate import evaluate_model
+
+    return evaluate_model(source, overrides, request, quiet=quiet, rows=rows)
 
 
+@checked
 def flags(path: str | Path) -> list[Flag]:
     """Reasons for caution before trusting a run or a comparison, warnings first; see docs/trust.md.
 
@@ -174,13 +192,14 @@ def flags(path: str | Path) -> list[Flag]:
     return compute_flags(path)
 
 
+@checked
 def audit(
     config: Any,
     *overrides: str,
     tokenise: bool = True,
     quiet: bool = False,
     reward: Any = None,
-    check: Any = None,
+    check: Callable[..., Any] | str | None = None,
     languages: bool = True,
 ) -> Audit:
     """Count problems in a dataset: duplicates, contradictions, leakage, truncation, bias, personal data.
@@ -198,26 +217,26 @@ def audit(
     from penchant.given import is_rows
 
     options = _named({"data": config, "reward": reward, "check": check}, "reward", "check")
-    reward, check = options["reward"], options["check"]
     if is_rows(config):
         config = _named({"data": config}, "data")["data"]
     if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
         if overrides:
             raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
-        return audit_files(str(config), reward=reward, check=check, languages=languages)
+        return audit_files(str(config), reward=options["reward"], check=options["check"], languages=languages)
     from penchant.runs import Run
 
-    run = Run(as_config(config, overrides), quiet=quiet)
-    return run.rows.audit(tokenize=tokenise, languages=languages, counters=_own_counters(reward, check))
+    run, counters = Run(as_config(config, overrides), quiet=quiet), _own_counters(options["reward"], options["check"])
+    return run.rows.audit(tokenize=tokenise, languages=languages, counters=counters)
 
 
+@checked
 def audit_files(
     *paths: str | Path,
-    splits: Mapping[str, str] | None = None,
+    splits: Mapping[str, Sequence[str] | str] | None = None,
     shape: str = "auto",
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
-    reward: str | None = None,
+    reward: Any = None,
     check: str | None = None,
     languages: bool = True,
     workers: int | str | None = None,
@@ -242,6 +261,7 @@ def audit_files(
     return run_audit(files, languages=languages, counters=counters, workers=workers, **options)
 
 
+@checked
 def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Path:
     """Write an audit as one self-contained HTML file.
 
@@ -254,6 +274,7 @@ def audit_page(audit: Audit, path: str | Path, title: str = "Data audit") -> Pat
 
 
 @shows(FixRequest)
+@checked
 def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     """Write a cleaned copy of a data file, and ``OUTPUT.touched.jsonl`` with every row that was dropped or changed.
 
@@ -269,7 +290,7 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     from penchant.data.audit.fix import fix as run_fix
 
     r = request_of(FixRequest, {"source": source, "output": output, **asked}, "data fix")
-    rules, others = default_rules(names_in(r.drop), names_in(r.keep)), [str(a) for a in r.against]
+    rules, others = default_rules(names_in(r.drop), names_in(r.keep)), r.against
     edits = None if r.edits is None else read_edits(r.edits)
     options: dict[str, Any] = {
         "shape": r.shape,
@@ -281,7 +302,7 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     return run_fix(r.source, r.output, drop=rules, redact=names_in(r.redact), against=others, **options)
 
 
-def _own_counters(reward: str | None, check: str | None) -> list[Any]:
+def _own_counters(reward: Any, check: str | None) -> list[Any]:
     """Audit counters for a reward and for a user's own function."""
     from penchant.data.audit.counters import RewardDisagreement, TextCheck
 
@@ -300,6 +321,7 @@ def _own_counters(reward: str | None, check: str | None) -> list[Any]:
 
 
 @shows(CompareRequest)
+@checked
 def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparison:
     """Compare runs with the model that they start from and with each other, on rows that none of them was trained on.
 
@@ -320,7 +342,6 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
     Raises:
         ConfigError, DataError, ModelError, RewardError, CheckpointError: an error that the user can fix.
     """
-    from penchant.compare import compare_runs
     from penchant.given import is_rows
 
     if is_rows(asked.get("prompts")):  # rows, all of which are used
@@ -329,9 +350,13 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
             raise ConfigError("compare", "prompts and data are both rows", "give them as data, and prompts as a number")
         asked |= {"data": rows} | ({"prompts": len(rows)} if hasattr(rows, "__len__") else {})
     asked = _named(asked, "data", "reward", "also", "judge")
-    return compare_runs(runs, request_of(CompareRequest, asked, "compare"), quiet=quiet)
+    request = request_of(CompareRequest, asked, "compare")
+    from penchant.compare import compare_runs
+
+    return compare_runs(runs, request, quiet=quiet)
 
 
+@checked
 def report(*paths: str | Path, output: str | Path | None = None) -> Path:
     """Write the report of runs, a sweep, a pipeline or a comparison as one self-contained HTML file.
 
@@ -347,6 +372,7 @@ def report(*paths: str | Path, output: str | Path | None = None) -> Path:
 
 
 @shows(ExportRequest)
+@checked
 def export(run: str | Path, *, say: Callable[[str], None] = lambda _: None, **asked: Any) -> ExportResult:
     """Export a run's model, read it back and compare; see `penchant.requests.ExportRequest` and docs/export.md.
 
@@ -367,13 +393,17 @@ def export(run: str | Path, *, say: Callable[[str], None] = lambda _: None, **as
     return export_run(request, say)
 
 
-def track(run: str | Path, *to: str, **options: Any) -> bool:
+@checked
+def track(
+    run: str | Path, *to: str, anew: bool = False, say: Callable[[str], None] = lambda _: None, **settings: Any
+) -> bool:
     """Send a run's metrics to trackers afterwards; return whether every line was sent. See `penchant.track.track_run`."""
     from penchant.track import track_run
 
-    return track_run(run, to, **options)
+    return track_run(run, to, anew=anew, say=say, **settings)
 
 
+@checked
 def as_config(
     config: RunConfig | Mapping[str, Any] | str | Path,
     overrides: Sequence[str] = (),
@@ -387,16 +417,6 @@ def as_config(
     from penchant.config import RunConfig, config_from_mapping, load_config
     from penchant.config.yaml import read_mapping
 
-    if not isinstance(config, (RunConfig, Mapping, str, Path)):
-        what, how = f"is of type {type(config).__name__}", "give a dict, a RunConfig or the path of a YAML file"
-        raise ConfigError("config", what, how)
-    for override in overrides:
-        if not isinstance(override, str):
-            what, how = (
-                f"{override!r} is not an override",
-                'write "key.path=value"; objects have names, such as data=rows',
-            )
-            raise ConfigError("overrides", what, how)
     if isinstance(config, RunConfig):
         if overrides or given:
             raise ConfigError("overrides", "cannot change a RunConfig", "give a mapping or a path with them")
@@ -426,11 +446,12 @@ def _named(asked: dict[str, Any], *names: str) -> dict[str, Any]:
     return asked | {name: named(asked[name], given_folder(None), name) for name in names if name in asked}
 
 
+@checked
 def pipeline(
     config: Mapping[str, Any] | str | Path,
     *overrides: str,
     only: str | None = None,
-    redo: Sequence[str] = (),
+    redo: str | Sequence[str] = (),
     quiet: bool = False,
 ) -> PipelineResult:
     """Train a pipeline's stages and compare their models; stages already done with the same inputs are skipped.
@@ -439,7 +460,7 @@ def pipeline(
         config: the path of a pipeline's YAML file, or a mapping of the same shape.
         overrides: ``"stages.dpo.loss.beta=0.3"``, ``"defaults.train.seed=1"``.
         only: one stage, whose inputs must be done.
-        redo: stages to train again, with every stage that uses them; their old folders are moved aside.
+        redo: a stage, or stages, to train again, with every stage that uses them; their old folders are moved aside.
 
     Raises:
         ConfigError, DataError, ModelError, RewardError, CheckpointError: an error that the user can fix.
@@ -451,7 +472,8 @@ def pipeline(
     return Conductor(load_pipeline(config, overrides), quiet=quiet).run(only, redo)
 
 
-def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo: Sequence[str] = ()) -> str:
+@checked
+def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo: str | Sequence[str] = ()) -> str:
     """Describe what `pipeline` would do with each stage, and why, as text; nothing is trained or written."""
     from penchant.pipeline import load_pipeline
     from penchant.pipeline.conduct import Conductor
@@ -459,6 +481,7 @@ def pipeline_plan(config: Mapping[str, Any] | str | Path, *overrides: str, redo:
     return Conductor(load_pipeline(config, overrides), quiet=True).plan_text(redo)
 
 
+@checked
 def sweep(
     config: Mapping[str, Any] | str | Path, *overrides: str, jobs: int | None = None, quiet: bool = False
 ) -> SweepResult:
@@ -481,6 +504,7 @@ def sweep(
     return SweepConductor(load_sweep(config, overrides), jobs=jobs, quiet=quiet, check_memory=memory_warning).run()
 
 
+@checked
 def sweep_plan(config: Mapping[str, Any] | str | Path, *overrides: str) -> str:
     """Describe what `sweep` would do with each run, and why, as text; nothing is trained or written."""
     from penchant.sweep import load_sweep

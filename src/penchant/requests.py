@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
 from penchant.base.machine import DEVICES
-from penchant.base.text import did_you_mean
+from penchant.base.text import did_you_mean, short
 from penchant.errors import ConfigError
 
 T = TypeVar("T")
@@ -33,7 +36,79 @@ def option(about: str, default: Any = None, metavar: str | None = None, **more: 
 
 MOST: dict[type, float] = {int: 2**31 - 1, float: 1e30}  # beyond any sensible value
 
-NUMBERS: dict[str, tuple[type, str]] = {"int": (Integral, "a whole number"), "float": (Real, "a number")}
+# What an argument of each type may be, and how a message names it. Any other name in an annotation is that of a class.
+TYPES: dict[str, tuple[Any, str]] = {
+    "str": ((str, os.PathLike), "a text"),
+    "Path": (os.PathLike, "a path"),
+    "int": (Integral, "a whole number"),
+    "float": (Real, "a number"),
+    "bool": (Integral, "True or False"),
+    "Mapping": (Mapping, "a dict"),
+    "Sequence": (Iterable, "a list"),
+    "tuple": (Iterable, "a list"),
+    "Callable": (Callable, "a function"),
+    "None": (type(None), "None"),
+}
+
+OR = re.compile(r" \| (?![^[]*\])")  # outside of brackets
+
+ADVICE = {"overrides": 'write "key.path=value"; objects have names, such as data=rows'}
+
+
+def check_type(name: str, value: Any, annotation: str) -> None:
+    """Check that an argument has one of the types in its annotation, and so has every part of it.
+
+    Raises:
+        ConfigError: it has none of them, or it is a text with a NUL character.
+    """
+    expected = []
+    for kind, _, inside in (part.removesuffix("]").partition("[") for part in OR.split(annotation)):
+        if kind == "Any":
+            return
+        if _is(value, kind):
+            parts: Iterable[tuple[Any, Any]] = ()
+            if kind == "Mapping":
+                inside = inside.rpartition(", ")[2]
+                parts = value.items()
+            elif kind in ("Sequence", "tuple") and isinstance(value, Collection):  # an iterator would be used up
+                parts = enumerate(value)
+            for key, part in parts:
+                check_type(f"{name}[{key!r}]", part, inside.removesuffix(", ..."))
+            if isinstance(value, (str, os.PathLike)) and "\0" in str(value):
+                raise ConfigError(name, "holds a NUL character", "leave it out")
+            return
+        expected.append(TYPES.get(kind, (None, f"{'an' if kind[0] in 'AEIOU' else 'a'} {kind}"))[1])
+    plain = value is None or isinstance(value, (str, bytes, Real))
+    what = f"is {short(repr(value))}" if plain else f"is of type {type(value).__name__}"
+    how = "give " + " or ".join(", ".join(expected).rsplit(", ", 1))
+    raise ConfigError(name, what, ADVICE.get(name.partition("[")[0], how))
+
+
+def _is(value: Any, kind: str) -> bool:
+    """Whether a value is of a type named in an annotation. Texts and dicts are no lists, and True is no number."""
+    if isinstance(value, bool):
+        return kind == "bool"
+    if kind in ("Sequence", "tuple") and isinstance(value, (str, bytes, Mapping)):
+        return False
+    if kind in TYPES and isinstance(value, TYPES[kind][0]):
+        return True
+    return kind in (base.__name__ for base in type(value).__mro__)
+
+
+def checked(function: F) -> F:
+    """Decorator that checks the arguments of a function by its annotations; `request_of` checks those of ``**asked``."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for name, value in signature.bind(*args, **kwargs).arguments.items():
+            parameter = signature.parameters[name]
+            several = parameter.kind is parameter.VAR_POSITIONAL
+            for i, part in enumerate(value if several else [value]):
+                check_type(f"{name}[{i}]" if several else name, part, parameter.annotation)
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def allowed_instead(value: float, low: float | None, high: float | None, above: float | None) -> str:
@@ -48,30 +123,38 @@ def allowed_instead(value: float, low: float | None, high: float | None, above: 
 
 
 def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
-    """Build a request from keywords; lists are turned into tuples, and paths into texts.
+    """Build a request from keywords; lists are turned into tuples, and paths into texts. None stands for the default.
 
     Raises:
-        ConfigError: a keyword that is not an option, a number out of its bounds, or something other than a number.
+        ConfigError: a keyword that is not an option, a number out of its bounds, or a value of another type than the option's.
     """
-    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    for name in asked:
-        if name not in names:
-            raise ConfigError(command, f"unknown option {name!r}", did_you_mean(name, names))
+    options = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    values = {}
     for name, value in asked.items():
+        if name not in options:
+            raise ConfigError(command, f"unknown option {name!r}", did_you_mean(name, options))
+        required = options[name].default is MISSING and options[name].default_factory is MISSING
+        if value is None and not required:
+            continue
+        values[name] = _plain(value, str(options[name].type))
+        check_type(name, values[name], str(options[name].type))
         if type(value) in MOST and not abs(value) <= MOST[type(value)]:
-            what, how = "is beyond every range", f"give at most {MOST[type(value)]:g}"
-            raise ConfigError(f"--{name.replace('_', '-')}", what, how)
-    if isinstance(asked.get("step"), int):  # on the command line it is a text
-        asked = {**asked, "step": str(asked["step"])}
-    for f in fields(kind):  # type: ignore[arg-type]
-        number, value = NUMBERS.get(str(f.type).removesuffix(" | None")), asked.get(f.name)
-        if number is not None and value is not None and not isinstance(value, number[0]):
-            raise ConfigError(f"--{f.name.replace('_', '-')}", f"is {value!r}", f"give {number[1]}")
-        bounds = (f.metadata.get(bound) for bound in ("low", "high", "above"))
-        if number is not None and value is not None and (allowed := allowed_instead(value, *bounds)):
-            raise ConfigError(f"--{f.name.replace('_', '-')}", f"is {value:g}", f"give {allowed}")
-    values = {f.name: _plain(asked[f.name], f.default == ()) for f in fields(kind) if f.name in asked}  # type: ignore[arg-type]
+            raise ConfigError(name, "is beyond every range", f"give at most {MOST[type(value)]:g}")
+        bounds = (options[name].metadata.get(bound) for bound in ("low", "high", "above"))
+        if isinstance(value, Real) and (allowed := allowed_instead(value, *bounds)):
+            raise ConfigError(name, f"is {value:g}", f"give {allowed}")
     return kind(**values)
+
+
+def _plain(value: Any, annotation: str) -> Any:
+    """A value as the command line gives it: several as a tuple, and paths and the whole numbers of a text option as texts."""
+    if annotation.startswith("tuple") and isinstance(value, (str, os.PathLike)):
+        value = (value,)
+    if ("tuple" in annotation and _is(value, "tuple")) or (annotation == "Any" and isinstance(value, list)):
+        return tuple(os.fspath(v) if isinstance(v, os.PathLike) else v for v in value)
+    if annotation.removesuffix(" | None") == "str" and _is(value, "int"):
+        return str(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def shows(kind: type) -> Callable[[F], F]:
@@ -91,12 +174,6 @@ def shows(kind: type) -> Callable[[F], F]:
     return decorate
 
 
-def _plain(value: Any, several: bool) -> Any:
-    if several or isinstance(value, (list, tuple)):
-        return (value,) if isinstance(value, str) else tuple(value or ())
-    return str(value) if isinstance(value, Path) else value
-
-
 # ---- `penchant eval` ----
 
 WRITES = "what the model writes"
@@ -107,7 +184,9 @@ class EvalRequest:
     """Options of `penchant eval`; docs/eval.md explains each."""
 
     step: str = option("checkpoint of a run: last, best, 0 (the start) or a step's number (default: last)", "last")
-    data: str | None = option("rows to evaluate on (default: the run's held-out rows)", metavar="FILE")
+    data: str | tuple[str, ...] | None = option(
+        "rows to evaluate on (default: the run's held-out rows)", metavar="FILE"
+    )
     text: str | None = option("plain text on which to measure perplexity and bits per byte", metavar="FILE")
     reference: str | None = option("model to compare with, or none (default: its start, if known)", metavar="MODEL")
     base: str | None = option("base model of an adapter (default: the one that the adapter names)", metavar="MODEL")

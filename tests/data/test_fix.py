@@ -221,6 +221,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=said):
             fix(str(source), tmp_path / output, overwrite=output != "there.jsonl")
+    with pytest.raises(DataError, match="not the name of a file"):
+        fix(str(source), "")
     for more, said in (
         ({"drop": ("nonsense",)}, "is not a rule"),
         ({"redact": ("names",)}, "cannot be redacted"),

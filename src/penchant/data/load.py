@@ -425,9 +425,13 @@ def load_preferences(path: str | Path | Sequence[str], *, on_bad_row: str = "err
         how: see `Reading`.
 
     Raises:
-        ConfigError: an unknown layout, or an option that it does not have.
+        ConfigError: an unknown layout, an option that it does not have, or a value that an argument does not take.
         DataError: ``file:line: what; how to fix it``.
     """
+    if on_bad_row not in ("error", "skip"):
+        raise ConfigError("on_bad_row", f"is {on_bad_row!r}", "give error or skip")
+    if how.get("identical", "bad_row") not in ("bad_row", "keep"):
+        raise ConfigError("identical", f"is {how['identical']!r}", "give bad_row or keep")
     return stream_preferences(path, **how).load(on_bad_row)
 
 
@@ -535,7 +539,8 @@ class Stream(Conversion):
         rows: of one or several files; name: of the files, for messages; the others: see `Reading`.
 
     Raises:
-        ConfigError: an unknown layout, or an option that it does not have. DataError: the columns fit no known layout.
+        ConfigError: an unknown layout, an option that it does not have, or a limit below 1.
+        DataError: the columns fit no known layout.
     """
 
     def __init__(

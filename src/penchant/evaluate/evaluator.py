@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import ValidationError
 
 from penchant.config import RunConfig
 from penchant.errors import ConfigError, DataError, ModelError
@@ -76,11 +75,7 @@ class Evaluation(EvaluationData):
         requested |= {name: name for name in self.request.also}
         prompts, data = rows_by_source(self.rows.trees), self.config.data
         policy = PolicyText(self.run.rows.tokenizer, data.template, prompts, data.template_options)
-        try:
-            return {name: load_reward(reward, policy, self.run.device) for name, reward in requested.items()}
-        except ValidationError as error:  # a mapping with something other than names and weights
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ConfigError("--reward", message, "write NAME or {NAME: WEIGHT, ...}") from error
+        return {name: load_reward(reward, policy, self.run.device) for name, reward in requested.items()}
 
     @cached_property
     def reference_source(self) -> Source | None:
@@ -156,7 +151,7 @@ class Evaluation(EvaluationData):
                 require_overlap()
         elif not self.answers and (request.data is not None or request.text is None):
             raise DataError(
-                request.data or self.source.name,
+                str(request.data or self.source.name),
                 f"these rows ({self.rows.kind if self.rows else ''}) have no answers that are known to be good or bad",
                 "add --generate 100 to have the model write, or give pairs",
             )

@@ -90,13 +90,13 @@ class EvaluationData:
             image_dir=(data.image_dir or "") if self.config.model.sees else None,
         )
         if rows.kind == "text":
-            raise DataError(self.request.data, "holds texts without prompts", "give it as --text")
+            raise DataError(str(self.request.data), "holds texts without prompts", "give it as --text")
         if data.weight is not None:
             self.notes.append("Every row of --data counts once: data.weight is for training and its held-out rows.")
         if rows.quarantined:
             self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {rows.total:,}.")
         if rows.kind == "scored" and data.pairs_from_scores != "off":
-            rows = adapt(rows, "eval", "pairs", frozenset(), data, self.request.data)
+            rows = adapt(rows, "eval", "pairs", frozenset(), data, str(self.request.data))
         return rows
 
     @cached_property

@@ -400,6 +400,19 @@ def _first_failing(term: RewardTerm, batch: Batch, timeout: float | None) -> int
 # ---- from a config ----
 
 
+def reward_config(spec: Any) -> RewardConfig:
+    """The config of a reward as a user gives it.
+
+    Raises:
+        ConfigError: it is something other than names and weights.
+    """
+    try:
+        return spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError("reward", message, "write NAME or {NAME: WEIGHT, ...}") from error
+
+
 def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu") -> Reward:
     """Load a reward: a name, ``path.py:function``, a reward model's folder, a mapping of those to weights, or a list of them.
 
@@ -409,7 +422,7 @@ def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu"
     Raises:
         ConfigError: no such built-in, file, folder or function, or one that requires a column missing in the rows.
     """
-    config = spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
+    config = reward_config(spec)
     if not config.terms:
         raise ConfigError("reward", "is empty", f"name one: {', '.join(BUILT_IN)}, path.py:function or a folder")
     if "accuracy" in config.terms and importlib.util.find_spec("math_verify") is None:

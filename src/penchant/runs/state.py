@@ -16,8 +16,8 @@ from penchant.data.load import Dataset
 from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, model_sha256
 from penchant.models.options import check_model_path
-from penchant.rewards import RewardConfig, load_reward
-from penchant.rewards.functions import reward_device
+from penchant.rewards import load_reward
+from penchant.rewards.functions import reward_config, reward_device
 from penchant.rewards.reward_model import check_reward_folder, find_reward_model
 from penchant.runfolder import (
     CHECKPOINTS,
@@ -211,7 +211,7 @@ def check_models(config: RunConfig, *, stages: bool = False) -> None:
 
 def reward_terms(reward: Any) -> list[str]:
     """The names in a reward as written in a config, without references to stages."""
-    names = [reward] if isinstance(reward, str) else list(RewardConfig.model_validate(reward).terms) if reward else []
+    names = [reward] if isinstance(reward, str) else list(reward_config(reward).terms) if reward else []
     return [n for n in names if not n.startswith("stage:")]
 
 
@@ -258,7 +258,7 @@ def check_reward(reward: Any) -> None:
     """
     if not reward:
         return
-    config = RewardConfig.model_validate(reward)
+    config = reward_config(reward)
     reward_device(config.device)
     for name in reward_terms(reward):
         folder = find_reward_model(name)

@@ -221,6 +221,8 @@ def _check_rules(names: Collection[str], where: str) -> None:
 
 def _target(source: str, target: Path, inputs: Sequence[str], overwrite: bool) -> tuple[Path, tuple[str, ...]]:
     files = [Path(i).expanduser() for i in inputs]
+    if not target.name:
+        raise DataError("output", f"{str(target)!r} is not the name of a file", "give one")
     touched = target.with_name(target.name + ".touched.jsonl")
     for file in files:
         for path in (target, touched):
