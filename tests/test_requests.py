@@ -10,6 +10,7 @@ import pytest
 
 from penchant import api
 from penchant.errors import ConfigError
+from penchant.judges import load_judge
 from penchant.requests import EvalRequest, GetRequest, request_of
 from penchant.runs.state import check_reward
 
@@ -40,6 +41,7 @@ from penchant.runs.state import check_reward
         (lambda: api.export("a\0", to="pt"), "run: holds a NUL character"),
         (lambda: api.track("a", 5), r"to\[0\]: is 5; give a text"),
         (lambda: api.track("a", "wandb", say=5), "say: is 5; give a function"),
+        (lambda: load_judge(5), "judge: is 5; give a text or a JudgeOptions"),  # type: ignore[arg-type]
         (lambda: check_reward(5), "reward: .*; write NAME or"),
         (lambda: api.sweep(5), "config: is 5; give a dict, a text or a path"),
         (lambda: api.pipeline({}, redo=5), "redo: is 5; give a text or a list"),

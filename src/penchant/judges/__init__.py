@@ -12,6 +12,7 @@ from penchant.errors import ConfigError
 from penchant.judges.endpoint import PARAMETERS, EndpointJudge, connect
 from penchant.judges.instruction import INSTRUCTION, read_instruction
 from penchant.judges.judge import Answers, BothOrders, PairJudge, Question, ask_both_orders, load_function_judge
+from penchant.requests import check_type
 
 __all__ = ["Answers", "BothOrders", "JudgeOptions", "PairJudge", "Question", "ask_both_orders", "load_judge"]
 
@@ -46,8 +47,10 @@ def load_judge(options: JudgeOptions) -> PairJudge:
     """Create the judge, without contacting an endpoint yet.
 
     Raises:
-        ConfigError: no such judge, or options that do not apply to it.
+        ConfigError: no such judge, something other than a judge, or options that do not apply to it.
     """
+    check_type("judge", options, "str | JudgeOptions")
+    check_type("judge", options.spec, "str")
     if not options.spec.startswith(("http://", "https://")):
         flags = [flag for name, flag in ENDPOINT_FLAGS.items() if getattr(options, name) is not None]
         if flags:
