@@ -242,7 +242,7 @@ def test_a_reference_that_follows_the_policy(
 ) -> None:
     """If copied after each step it equals the sampling policy, with a KL of 0; a killed run resumes with it."""
     base["algorithm"] |= {"name": name, "beta": 0.1, "epochs": 1}
-    base["train"] |= {"max_steps": 4}
+    base["train"] |= {"max_steps": 3}
     base |= {"checkpoint": {"every": 1}, "data": {**base["data"], "validation_rows": None}}
     still = lines(api.train({**base, "output": str(tmp_path / "still")}, quiet=True).folder)
     copied = lines(
