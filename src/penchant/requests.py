@@ -141,7 +141,7 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
         if type(value) in MOST and not abs(value) <= MOST[type(value)]:
             raise ConfigError(name, "is beyond every range", f"give at most {MOST[type(value)]:g}")
         bounds = (options[name].metadata.get(bound) for bound in ("low", "high", "above"))
-        if isinstance(value, Real) and (allowed := allowed_instead(value, *bounds)):
+        if isinstance(value, Real) and (allowed := allowed_instead(float(value), *bounds)):
             raise ConfigError(name, f"is {value:g}", f"give {allowed}")
     return kind(**values)
 
