@@ -506,7 +506,7 @@ def test_mistakes_are_sentences(world: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "hh/pipeline.json").write_text("{}")
     refused(world, CheckpointError, "is a pipeline: give its stages, such as .*hh/dpo", tmp_path / "hh")
     refused(world, ConfigError, "'nice' is not a reward", "dpo", reward="nice")
-    refused(world, ConfigError, "--prompts: is 0; give at least 1", "dpo", prompts=0)
+    refused(world, ConfigError, "prompts: is 0; give at least 1", "dpo", prompts=0)
     refused(world, ConfigError, "beyond start's context of 256", "dpo", max_new_tokens=400)
     (tmp_path / "file").write_text("")
     refused(world, CheckpointError, "output is a file", "dpo", output=tmp_path / "file")
