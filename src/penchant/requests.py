@@ -238,6 +238,11 @@ class EvalRequest:
     rows_output: str | None = option("file to write the figures of each answer to", metavar="FILE.jsonl")
 
     @property
+    def files(self) -> list[str]:
+        """The files of `data`."""
+        return [self.data] if isinstance(self.data, str) else [*(self.data or ())]
+
+    @property
     def bare(self) -> bool:
         """Whether only a run's own held-out metrics are requested."""
         options = (self.data, self.text, self.reference, self.base, self.generate, self.exact_kl, self.beta)
