@@ -194,7 +194,7 @@ def read_mapping(path: str | Path, kind: str) -> tuple[dict[str, Any], Places]:
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
         raise ConfigError(str(path), what, KINDS[kind].shape)
-    found = next((name for name, k in KINDS.items() if k.keys & values.keys()), kind)
+    found = next((name for name in (kind, *KINDS) if KINDS[name].keys & values.keys()), kind)
     if found != kind and (found, kind) != ("run", "sweep"):
         what = f"is the config of a {found}, and that of a {kind} is expected here"
         how = f"a {found}'s command is `penchant {KINDS[found].command} {shlex.quote(str(path))}`"
