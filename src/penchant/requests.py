@@ -127,8 +127,8 @@ def checked(function: F) -> F:
     return call  # type: ignore[return-value]
 
 
-def allowed_instead(value: float, low: float | None, high: float | None, above: float | None) -> str:
-    """What a number must be, as ``at least 1``; empty if it is within its bounds."""
+def broken_bound(value: float, low: float | None, high: float | None, above: float | None) -> str:
+    """The bound that a number breaks, such as ``at least 1``; empty if it breaks none."""
     if value != value:
         return "a number"
     if low is not None and value < low:
@@ -167,8 +167,8 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
         if type(value) in MOST and not abs(value) <= MOST[type(value)]:
             raise ConfigError(name, "is beyond every range", f"give at most {MOST[type(value)]:g}")
         bounds = (options[name].metadata.get(bound) for bound in ("low", "high", "above"))
-        if isinstance(value, Real) and (allowed := allowed_instead(float(value), *bounds)):
-            raise ConfigError(name, f"is {float(value):g}", f"give {allowed}")
+        if isinstance(value, Real) and (bound := broken_bound(float(value), *bounds)):
+            raise ConfigError(name, f"is {float(value):g}", f"give {bound}")
     return kind(**values)
 
 

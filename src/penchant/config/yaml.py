@@ -196,8 +196,8 @@ def read_mapping(path: str | Path, kind: str) -> tuple[dict[str, Any], Places]:
         raise ConfigError(str(path), what, KINDS[kind].shape)
     found = next((name for name in (kind, *KINDS) if KINDS[name].keys & values.keys()), kind)
     if found != kind and (found, kind) != ("run", "sweep"):
-        what = f"is the config of a {found}, and that of a {kind} is expected here"
-        how = f"a {found}'s command is `penchant {KINDS[found].command} {shlex.quote(str(path))}`"
+        what = f"is a {found}'s config, and a {kind}'s is expected here"
+        how = f"for a {found}, use `penchant {KINDS[found].command} {shlex.quote(str(path))}`"
         raise ConfigError(str(path), what, how)
     return values, places
 
