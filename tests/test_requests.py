@@ -16,7 +16,7 @@ from penchant import api
 from penchant.errors import ConfigError
 from penchant.judges import load_judge
 from penchant.requests import CompareRequest, EvalRequest, GetRequest, check_type, request_of
-from penchant.runs.state import check_reward
+from penchant.runs.state import check_reward, reward_terms
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,15 @@ from penchant.runs.state import check_reward
         (lambda: api.track("a", 5), r"to\[0\]: is 5; give a text"),
         (lambda: api.track("a", "wandb", say=5), "say: is 5; give a function"),
         (lambda: load_judge(5), "judge: is 5; give a text or a JudgeOptions"),  # type: ignore[arg-type]
-        (lambda: check_reward(5), "reward: .*; write NAME or"),
+        (lambda: check_reward(5), "reward: is 5; give a text, a list, a dict or a RewardConfig"),
+        (lambda: check_reward({5: 1.0}), "reward: 5 is not the name of a reward; write NAME: WEIGHT$"),
         (lambda: api.sweep(5), "config: is 5; give a dict, a text or a path"),
         (lambda: api.pipeline({}, redo=5), "redo: is 5; give a text or a list"),
         (lambda: api.fix("a", "b", drop=5), "drop: is 5; give a text or a list"),
         (lambda: api.fix("a", "b", columns={"prompt": 1}), r"columns\['prompt'\]: is 1; give a text"),
         (lambda: api.get_data("a", split=0.9), "split: is 0.9; give a list"),
         (lambda: api.audit(3), "config: is 3"),
-        (lambda: api.audit("a", reward=5), "reward: .*; write NAME or"),
+        (lambda: api.audit("a", reward=5), "reward: is 5; give a text, a list"),
         (lambda: api.audit("a", check=5), "check: is 5; give a function, a text or None"),
         (lambda: api.audit_files("a", splits={"train": [5]}), r"splits\['train'\]\[0\]: is 5; give a text"),
         (lambda: api.audit_page(None, "a.html"), "audit: is None; give an Audit"),
@@ -127,3 +128,7 @@ def test_an_audit_of_files_takes_paths_and_functions(tmp_path: Path) -> None:
 
     audited = api.audit_files(splits={"train": Path(file)}, reward=length, check=empty)
     assert audited == api.audit_files(splits={"train": [file]}, reward=length, check=empty)
+
+
+def test_rewards_may_be_a_list_or_a_tuple() -> None:
+    assert reward_terms(["words", {"sentiment": 0.5}]) == reward_terms(("words", {"sentiment": 0.5}))
