@@ -275,7 +275,7 @@ def test_bounds_of_a_number(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_bounds_hold_in_python_too(request_kind: type, asked: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=f"{next(iter(asked))}: is .*; give (at least|more than)"):
+    with pytest.raises(ConfigError, match=f"^{next(iter(asked))}: is .*; give (at least|more than)"):
         request_of(request_kind, asked, "x")
 
 

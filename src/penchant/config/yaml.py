@@ -157,6 +157,9 @@ KINDS = {
         "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md",
     ),
     "run": Kind("train", frozenset({"model"}), "a config is a mapping with model, data and output; see recipes/"),
+    "foreign": Kind(
+        "import", frozenset(), "another tool's config is a mapping of its keys"
+    ),  # may have any of the keys above
 }
 
 
@@ -195,7 +198,7 @@ def read_mapping(path: str | Path, kind: str) -> tuple[dict[str, Any], Places]:
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
         raise ConfigError(str(path), what, KINDS[kind].shape)
     found = next((name for name in (kind, *KINDS) if KINDS[name].keys & values.keys()), kind)
-    if found != kind and (found, kind) != ("run", "sweep"):
+    if kind not in ("foreign", found) and (found, kind) != ("run", "sweep"):
         what = f"is a {found}'s config, and a {kind}'s is expected here"
         how = f"for a {found}, use `penchant {KINDS[found].command} {shlex.quote(str(path))}`"
         raise ConfigError(str(path), what, how)

@@ -200,7 +200,7 @@ def import_config(
             (command.method if method == "auto" else method) or "auto",
         )
     else:
-        values, _ = read_mapping(path, "another tool's config is a mapping of its keys")
+        values, _ = read_mapping(path, "foreign")
     bad_key = next((k for k in values if not isinstance(k, str)), "")
     if bad_key != "":
         raise ConfigError(str(path), f"has the key {bad_key!r}, which is not a text", "quote it, or leave it out")

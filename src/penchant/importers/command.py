@@ -152,7 +152,7 @@ def _parse_arguments(words: list[str], where: str) -> dict[str, Any]:
         return parsed
     config_path = Path(str(parsed.pop("config")))
     config_path = config_path if os.path.exists(config_path) else Path(where).parent / config_path
-    return {**read_mapping(config_path, "another tool's config is a mapping of its keys")[0], **parsed}
+    return {**read_mapping(config_path, "foreign")[0], **parsed}
 
 
 def _parse_value(word: str) -> Any:
