@@ -157,9 +157,8 @@ KINDS = {
         "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md",
     ),
     "run": Kind("train", frozenset({"model"}), "a config is a mapping with model, data and output; see recipes/"),
-    "foreign": Kind(
-        "import", frozenset(), "another tool's config is a mapping of its keys"
-    ),  # may have any of the keys above
+    # may have any of the keys above
+    "foreign": Kind("import", frozenset(), "another tool's config is a mapping of its keys"),
 }
 
 
