@@ -14,6 +14,7 @@ from penchant.requests import (
     ExportRequest,
     FixRequest,
     GetRequest,
+    check_names,
     check_type,
     checked,
     names_in,
@@ -37,18 +38,22 @@ if TYPE_CHECKING:
 
 
 @checked
-def load_preferences(path: str | Path | Sequence[str], **options: Any) -> Dataset:
+def load_preferences(path: str | Path | Sequence[str | Path], **options: Any) -> Dataset:
     """Read preference data from files or a hub id; see `penchant.data.load.load_preferences`."""
     from penchant.data.load import Reading
     from penchant.data.load import load_preferences as load
 
-    for name in options.keys() & Reading.__annotations__:
-        check_type(name, options[name], Reading.__annotations__[name].__forward_arg__)
+    types = {"on_bad_row": "str"} | {name: t.__forward_arg__ for name, t in Reading.__annotations__.items()}
+    check_names(options, types, "load_preferences")
+    options = {name: value for name, value in options.items() if value is not None}
+    for name, value in options.items():
+        check_type(name, value, types[name])
     if "bounds" in options:
         from penchant.config.several import read_section
         from penchant.data.read import Bounds
 
-        options["bounds"] = read_section(Bounds, "bounds", options, {}, "load_preferences").model_dump()
+        bounds = {"bounds": dict(options["bounds"])}
+        options["bounds"] = read_section(Bounds, "bounds", bounds, {}, "load_preferences").model_dump()
     return load(path, **options)
 
 
@@ -216,28 +221,27 @@ def audit(
     """
     from penchant.given import is_rows
 
-    options = _named({"data": config, "reward": reward, "check": check}, "reward", "check")
     if is_rows(config):
         config = _named({"data": config}, "data")["data"]
     if isinstance(config, (str, Path)) and Path(config).suffix not in (".yaml", ".yml"):
         if overrides:
             raise ConfigError("command line", "overrides go with a config, not with a data file", "give a CONFIG.yaml")
-        return audit_files(str(config), reward=options["reward"], check=options["check"], languages=languages)
+        return audit_files(str(config), reward=reward, check=check, languages=languages)
     from penchant.runs import Run
 
-    run, counters = Run(as_config(config, overrides), quiet=quiet), _own_counters(options["reward"], options["check"])
+    run, counters = Run(as_config(config, overrides), quiet=quiet), _own_counters(reward, check)
     return run.rows.audit(tokenize=tokenise, languages=languages, counters=counters)
 
 
 @checked
 def audit_files(
     *paths: str | Path,
-    splits: Mapping[str, Sequence[str] | str] | None = None,
+    splits: Mapping[str, str | Path | Sequence[str | Path]] | None = None,
     shape: str = "auto",
     columns: Mapping[str, str] | None = None,
     limit: int | None = None,
     reward: Any = None,
-    check: str | None = None,
+    check: Callable[..., Any] | str | None = None,
     languages: bool = True,
     workers: int | str | None = None,
 ) -> Audit:
@@ -255,7 +259,11 @@ def audit_files(
     from penchant.data.audit import audit_files as run_audit
     from penchant.data.audit import split_names
 
-    files = {**(splits or {}), **split_names([str(p) for p in paths])}
+    files: dict[str, str | Sequence[str]] = {
+        name: [str(p) for p in ([given] if isinstance(given, (str, Path)) else given)]
+        for name, given in (splits or {}).items()
+    }
+    files |= split_names([str(p) for p in paths])
     counters = _own_counters(reward, check)
     options: dict[str, Any] = {"shape": shape, "columns": columns, "limit": limit}
     return run_audit(files, languages=languages, counters=counters, workers=workers, **options)
@@ -302,10 +310,11 @@ def fix(source: str | Path, output: str | Path, **asked: Any) -> Fixed:
     return run_fix(r.source, r.output, drop=rules, redact=names_in(r.redact), against=others, **options)
 
 
-def _own_counters(reward: Any, check: str | None) -> list[Any]:
+def _own_counters(reward: Any, check: Any) -> list[Any]:
     """Audit counters for a reward and for a user's own function."""
     from penchant.data.audit.counters import RewardDisagreement, TextCheck
 
+    reward, check = _named({"reward": reward, "check": check}, "reward", "check").values()
     counters: list[Any] = []
     if reward is not None:
         from penchant.rewards.functions import load_reward

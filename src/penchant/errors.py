@@ -6,12 +6,12 @@ import shlex
 from collections.abc import Mapping
 from contextvars import ContextVar
 
-# the options of the command at work by the key of a config that each stands for, as data.shape: --layout; set by the command line
+# for keys of a config, the running command's option for the same setting, such as data.shape: --layout; set by the command line
 OPTIONS: ContextVar[Mapping[str, str] | None] = ContextVar("options", default=None)
 
 
 def setting(key: str, value: str | Mapping[str, str] = "") -> str:
-    """A setting as this person writes it: ``--layout NAME`` at a command with that option, else ``data.shape=NAME``."""
+    """A setting as the user would write it: ``--layout NAME`` for a command with that option, else ``data.shape=NAME``."""
     flag = (OPTIONS.get() or {}).get(key)
     if not value:
         return flag or key

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import os
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from numbers import Integral, Real
@@ -38,7 +38,7 @@ MOST: dict[type, float] = {int: 2**31 - 1, float: 1e30}  # beyond any sensible v
 
 # What an argument of each type may be, and how a message names it. Any other name in an annotation is that of a class.
 TYPES: dict[str, tuple[Any, str]] = {
-    "str": ((str, os.PathLike), "a text"),
+    "str": (str, "a text"),
     "Path": (os.PathLike, "a path"),
     "int": (Integral, "a whole number"),
     "float": (Real, "a number"),
@@ -50,9 +50,19 @@ TYPES: dict[str, tuple[Any, str]] = {
     "None": (type(None), "None"),
 }
 
-OR = re.compile(r" \| (?![^[]*\])")  # outside of brackets
-
 ADVICE = {"overrides": 'write "key.path=value"; objects have names, such as data=rows'}
+
+
+@functools.cache
+def _alternatives(annotation: str) -> list[tuple[str, str]]:
+    """The types in an annotation, each with that of its parts; the text is read, as some names are imported by type checkers only."""
+    node = ast.parse(annotation, mode="eval").body
+    if isinstance(node, ast.BinOp):
+        return [*_alternatives(ast.unparse(node.left)), *_alternatives(ast.unparse(node.right))]
+    if not isinstance(node, ast.Subscript):
+        return [(annotation, "Any")]
+    kind, parts = ast.unparse(node.value), node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    return [(kind, ast.unparse(parts[1 if kind == "Mapping" else 0]))]
 
 
 def check_type(name: str, value: Any, annotation: str) -> None:
@@ -62,18 +72,17 @@ def check_type(name: str, value: Any, annotation: str) -> None:
         ConfigError: it has none of them, or it is a text with a NUL character.
     """
     expected = []
-    for kind, _, inside in (part.removesuffix("]").partition("[") for part in OR.split(annotation)):
+    for kind, inside in _alternatives(annotation):
         if kind == "Any":
             return
         if _is(value, kind):
             parts: Iterable[tuple[Any, Any]] = ()
             if kind == "Mapping":
-                inside = inside.rpartition(", ")[2]
                 parts = value.items()
             elif kind in ("Sequence", "tuple") and isinstance(value, Collection):  # an iterator would be used up
                 parts = enumerate(value)
             for key, part in parts:
-                check_type(f"{name}[{key!r}]", part, inside.removesuffix(", ..."))
+                check_type(f"{name}[{key!r}]", part, inside)
             if isinstance(value, (str, os.PathLike)) and "\0" in str(value):
                 raise ConfigError(name, "holds a NUL character", "leave it out")
             return
@@ -96,23 +105,30 @@ def _is(value: Any, kind: str) -> bool:
 
 
 def checked(function: F) -> F:
-    """Decorator that checks the arguments of a function by its annotations; `request_of` checks those of ``**asked``."""
+    """Decorator that checks the arguments of a function by its annotations; None stands for a default.
+
+    `request_of` checks those of ``**asked``.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
+        bound = signature.bind(*args, **kwargs)
+        for name, value in [*bound.arguments.items()]:
             parameter = signature.parameters[name]
+            if value is None and parameter.default is not parameter.empty:
+                del bound.arguments[name]
+                continue
             several = parameter.kind is parameter.VAR_POSITIONAL
             for i, part in enumerate(value if several else [value]):
                 check_type(f"{name}[{i}]" if several else name, part, parameter.annotation)
-        return function(*args, **kwargs)
+        return function(*bound.args, **bound.kwargs)
 
     return call  # type: ignore[return-value]
 
 
-def allowed_instead(value: float, low: float | None, high: float | None, above: float | None) -> str:
-    """What a number must be, as ``at least 1``; empty if it is within its bounds."""
+def broken_bound(value: float, low: float | None, high: float | None, above: float | None) -> str:
+    """The bound that a number breaks, such as ``at least 1``; empty if it breaks none."""
     if value != value:
         return "a number"
     if low is not None and value < low:
@@ -122,6 +138,17 @@ def allowed_instead(value: float, low: float | None, high: float | None, above: 
     return f"at most {high:g}" if high is not None and value > high else ""
 
 
+def check_names(asked: Iterable[str], options: Collection[str], command: str) -> None:
+    """Check that every keyword is an option of the command.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name in asked:
+        if name not in options:
+            raise ConfigError(command, f"unknown option {name!r}", did_you_mean(name, options))
+
+
 def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
     """Build a request from keywords; lists are turned into tuples, and paths into texts. None stands for the default.
 
@@ -129,32 +156,35 @@ def request_of(kind: type[T], asked: Mapping[str, Any], command: str) -> T:
         ConfigError: a keyword that is not an option, a number out of its bounds, or a value of another type than the option's.
     """
     options = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    check_names(asked, options, command)
     values = {}
     for name, value in asked.items():
-        if name not in options:
-            raise ConfigError(command, f"unknown option {name!r}", did_you_mean(name, options))
         required = options[name].default is MISSING and options[name].default_factory is MISSING
         if value is None and not required:
             continue
-        values[name] = _plain(value, str(options[name].type))
-        check_type(name, values[name], str(options[name].type))
+        values[name] = value = _plain(value, str(options[name].type))
+        check_type(name, value, str(options[name].type))
         if type(value) in MOST and not abs(value) <= MOST[type(value)]:
             raise ConfigError(name, "is beyond every range", f"give at most {MOST[type(value)]:g}")
         bounds = (options[name].metadata.get(bound) for bound in ("low", "high", "above"))
-        if isinstance(value, Real) and (allowed := allowed_instead(float(value), *bounds)):
-            raise ConfigError(name, f"is {value:g}", f"give {allowed}")
+        if isinstance(value, Real) and (bound := broken_bound(float(value), *bounds)):
+            raise ConfigError(name, f"is {float(value):g}", f"give {bound}")
     return kind(**values)
 
 
 def _plain(value: Any, annotation: str) -> Any:
     """A value as the command line gives it: several as a tuple, and paths and the whole numbers of a text option as texts."""
-    if annotation.startswith("tuple") and isinstance(value, (str, os.PathLike)):
-        value = (value,)
-    if ("tuple" in annotation and _is(value, "tuple")) or (annotation == "Any" and isinstance(value, list)):
-        return tuple(os.fspath(v) if isinstance(v, os.PathLike) else v for v in value)
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()  # a number of NumPy or torch
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if annotation.startswith("tuple") and isinstance(value, str):
+        return (value,)
+    if "tuple" in annotation and _is(value, "tuple"):
+        return tuple(_plain(part, "") for part in value)
     if annotation.removesuffix(" | None") == "str" and _is(value, "int"):
         return str(value)
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    return value
 
 
 def shows(kind: type) -> Callable[[F], F]:
@@ -206,6 +236,11 @@ class EvalRequest:
     samples_output: str | None = option("file to write the completions to", metavar="FILE.jsonl", group=WRITES)
     output: str | None = option("file to write all figures to", metavar="FILE.json")
     rows_output: str | None = option("file to write the figures of each answer to", metavar="FILE.jsonl")
+
+    @property
+    def files(self) -> list[str]:
+        """The files of `data`."""
+        return [self.data] if isinstance(self.data, str) else [*(self.data or ())]
 
     @property
     def bare(self) -> bool:
@@ -277,7 +312,9 @@ class CompareRequest:
     judge_model: str | None = option("the model's name at the endpoint", metavar="NAME")
     judge_key_env: str | None = option("environment variable with its key (default: OPENAI_API_KEY)", metavar="NAME")
     judge_instruction: str | None = option("file with a template that replaces the built-in one", metavar="FILE")
-    judge_parameters: str | None = option("sampling parameters that replace the built-in ones", metavar="JSON")
+    judge_parameters: Mapping[str, Any] | str | None = option(
+        "sampling parameters that replace the built-in ones", metavar="JSON"
+    )
     judge_concurrency: int | None = option("how many questions to ask at a time (default: 4)", metavar="N", low=1)
     against: str | None = option("run to compare all others with (default: their common start)", metavar="RUN")
     prompts: int = option("number of held-out prompts (default: %(default)d)", 200, low=1)

@@ -173,6 +173,16 @@ def test_the_config_of_another_command_names_that_command(
     assert f"`penchant {kind} {file}`" in line
 
 
+@pytest.mark.parametrize("key", ["base", "search", "stages"])
+def test_a_key_of_another_command_in_a_runs_config_is_named_with_its_line(
+    key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "it.yaml"
+    file.write_text(f"{KINDS['train']}{key}: 3\n")
+    assert main(["plan", str(file)]) == 2
+    assert f'{file}:4: unknown key "{key}"' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "needed"), [("eval", "MODEL"), ("train", "CONFIG"), ("sweep", "CONFIG"), ("pipeline", "CONFIG")]
 )

@@ -158,7 +158,7 @@ def test_an_output_that_cannot_be_made_is_answered_before_torch(
         name, *options = command
         code, heavy, said = run(tmp_path, name, "it.yaml", *options)
         assert (code, heavy) == (expected, []) and words in said, output
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.rglob(".*"))
 
 
 def test_a_plan_needs_no_weights(tmp_path: Path, run: Callable[..., Answer]) -> None:

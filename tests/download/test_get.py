@@ -386,6 +386,11 @@ def test_what_cannot_be_done_is_said_before_anything_is(lmsys: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_a_sentence(lmsys: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be written"):
+        get("lmsys", lmsys, tmp_path / ("x" * 300))
+
+
 def test_a_folder_that_was_there_stays(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError):

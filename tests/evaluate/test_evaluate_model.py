@@ -16,7 +16,7 @@ from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 
 from penchant import api
 from penchant.cli import main
-from penchant.errors import CheckpointError, ConfigError, ModelError
+from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 
 Paths = dict[str, str]
 FP32 = "model.dtype=fp32"
@@ -91,6 +91,17 @@ def test_a_model_is_the_same_by_every_name(there: Paths) -> None:
     without = api.evaluate(alone, FP32, **asked)  # its start is unknown
     assert "reference" not in without and "eval/implicit_reward/margins" not in without
     assert without["eval/logps/chosen"] == pytest.approx(run["eval/logps/chosen"], rel=1e-5)
+
+
+def test_rows_may_be_in_several_files(there: Paths, tmp_path: Path) -> None:
+    lines = Path(there["test"]).read_text().splitlines(keepends=True)
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files[0].write_text("".join(lines[:4]))
+    files[1].write_text("".join(lines[4:]))
+    close(*(api.evaluate(there["base"], FP32, data=data, quiet=True) for data in (there["test"], files)))
+    texts = [shutil.copy(there["text"], tmp_path / name) for name in ("c.jsonl", "d.jsonl")]
+    with pytest.raises(DataError, match=f"^{texts[0]}, {texts[1]}: holds texts"):
+        api.evaluate(there["base"], FP32, data=texts, quiet=True)
 
 
 def test_an_adapter_is_the_same_by_every_name(there: Paths, tmp_path: Path) -> None:

@@ -56,6 +56,15 @@ def names(sweep: Sweep) -> list[str]:
 # ---- the config -----------------------------------------------------------------------------------------------------
 
 
+def test_a_run_that_may_be_finished_and_read_only_is_not_written_to(tmp_path: Path) -> None:
+    sweep = load_sweep(written(tmp_path))
+    folder = sweep.runs[0].folder
+    folder.mkdir(parents=True)
+    os.utime(folder, (1, 1))
+    SweepConductor(sweep, quiet=True)
+    assert folder.stat().st_mtime == 1
+
+
 def test_the_runs_of_a_grid_their_names_and_order(tmp_path: Path) -> None:
     sweep = load_sweep(written(tmp_path), ["train.lr=1e-4", "base.train.epochs=2.0"])
     # seeds vary slowest, so that an interrupted sweep treats all settings alike

@@ -10,7 +10,7 @@ from dataclasses import MISSING, fields
 from typing import Any, get_args, get_type_hints
 
 from penchant.errors import OPTIONS
-from penchant.requests import MOST, allowed_instead
+from penchant.requests import MOST, broken_bound
 
 # ---- `--column ours=yours`, spelled the same in every command that reads rows ----
 
@@ -164,8 +164,8 @@ def number_type(kind: type, low: float | None = None, high: float | None = None,
         from penchant.base.text import short
 
         value: float = kind(text) if len(text) <= 400 else math.inf
-        if allowed := allowed_instead(value, least, most, above):
-            raise argparse.ArgumentTypeError(f"{short(text)} is not {allowed}")
+        if bound := broken_bound(value, least, most, above):
+            raise argparse.ArgumentTypeError(f"{short(text)} is not {bound}")
         return value
 
     number.__name__ = kind.__name__  # argparse says "invalid int value"

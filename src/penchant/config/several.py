@@ -23,7 +23,7 @@ from penchant.config import (
     with_absolute_paths,
 )
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError, RewardError
-from penchant.runfolder import check_run_folder
+from penchant.runfolder import check_not_taken, check_run_folder
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -135,6 +135,10 @@ class Member:
 
 
 def check_folders(output: Path, members: Iterable[Member]) -> None:
-    """Refuse a sweep or pipeline whose folder, or that of one of its runs, cannot be used; see `check_run_folder`."""
-    for folder in (output, *(member.folder for member in members)):
-        check_run_folder(folder)
+    """Refuse a sweep or pipeline whose folder, or that of one of its runs, cannot be used; see `check_run_folder`.
+
+    The runs are in its folder, and a finished one may be read-only.
+    """
+    check_run_folder(output)
+    for member in members:
+        check_not_taken(member.folder)

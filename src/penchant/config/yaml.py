@@ -157,7 +157,8 @@ KINDS = {
         "a sweep is a mapping with output, base and one or more of grid, runs and search; see docs/sweep.md",
     ),
     "run": Kind("train", frozenset({"model"}), "a config is a mapping with model, data and output; see recipes/"),
-    "foreign": Kind("import", frozenset(), "another tool's config is a mapping of its keys"),  # may have any of the keys above
+    # may have any of the keys above
+    "foreign": Kind("import", frozenset(), "another tool's config is a mapping of its keys"),
 }
 
 
@@ -195,10 +196,10 @@ def read_mapping(path: str | Path, kind: str) -> tuple[dict[str, Any], Places]:
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
         raise ConfigError(str(path), what, KINDS[kind].shape)
-    found = next((name for name, k in KINDS.items() if k.keys & values.keys()), kind)
+    found = next((name for name in (kind, *KINDS) if KINDS[name].keys & values.keys()), kind)
     if kind not in ("foreign", found) and (found, kind) != ("run", "sweep"):
-        what = f"is the config of a {found}, and that of a {kind} is expected here"
-        how = f"a {found}'s command is `penchant {KINDS[found].command} {shlex.quote(str(path))}`"
+        what = f"is a {found}'s config, and a {kind}'s is expected here"
+        how = f"for a {found}, use `penchant {KINDS[found].command} {shlex.quote(str(path))}`"
         raise ConfigError(str(path), what, how)
     return values, places
 

@@ -412,10 +412,12 @@ class Reading(TypedDict, total=False):
     keep_columns: bool
     rollouts: bool
     weight: str | None
-    image_dir: str | None
+    image_dir: str | Path | None
 
 
-def load_preferences(path: str | Path | Sequence[str], *, on_bad_row: str = "error", **how: Unpack[Reading]) -> Dataset:
+def load_preferences(
+    path: str | Path | Sequence[str | Path], *, on_bad_row: str = "error", **how: Unpack[Reading]
+) -> Dataset:
     """Read files or hub ids into prompt trees.
 
     Args:
@@ -435,7 +437,7 @@ def load_preferences(path: str | Path | Sequence[str], *, on_bad_row: str = "err
     return stream_preferences(path, **how).load(on_bad_row)
 
 
-def stream_preferences(path: str | Path | Sequence[str], **how: Unpack[Reading]) -> Stream:
+def stream_preferences(path: str | Path | Sequence[str | Path], **how: Unpack[Reading]) -> Stream:
     """Like `load_preferences`, as a stream that keeps nothing in memory; bad rows come as `Quarantined`."""
     paths = [str(path)] if isinstance(path, (str, Path)) else [str(p) for p in path]
     bounds = how.pop("bounds", None)
@@ -555,7 +557,7 @@ class Stream(Conversion):
         keep_columns: bool = False,
         rollouts: bool = False,
         weight: str | None = None,
-        image_dir: str | None = None,
+        image_dir: str | Path | None = None,
     ) -> None:
         if limit is not None and limit < 1:
             raise ConfigError("limit", f"is {limit}", "give 1 or more")

@@ -77,8 +77,8 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
     """
     check_request(request)
     folder = Path(request.output or default_output(request.name)).expanduser()
-    made_here = not folder.exists()
     try:
+        made_here = not folder.exists()
         work = folder / WORK
         existing = _check_folder(folder, identity(request), request.redo)
         if existing is not None:

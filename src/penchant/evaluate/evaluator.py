@@ -151,7 +151,7 @@ class Evaluation(EvaluationData):
                 require_overlap()
         elif not self.answers and (request.data is not None or request.text is None):
             raise DataError(
-                str(request.data or self.source.name),
+                ", ".join(request.files) or self.source.name,
                 f"these rows ({self.rows.kind if self.rows else ''}) have no answers that are known to be good or bad",
                 "add --generate 100 to have the model write, or give pairs",
             )

@@ -90,13 +90,13 @@ class EvaluationData:
             image_dir=(data.image_dir or "") if self.config.model.sees else None,
         )
         if rows.kind == "text":
-            raise DataError(str(self.request.data), "holds texts without prompts", "give it as --text")
+            raise DataError(", ".join(self.request.files), "holds texts without prompts", "give it as --text")
         if data.weight is not None:
             self.notes.append("Every row of --data counts once: data.weight is for training and its held-out rows.")
         if rows.quarantined:
             self.notes.append(f"Kept aside: {counted(len(rows.quarantined), 'bad row')} of {rows.total:,}.")
         if rows.kind == "scored" and data.pairs_from_scores != "off":
-            rows = adapt(rows, "eval", "pairs", frozenset(), data, str(self.request.data))
+            rows = adapt(rows, "eval", "pairs", frozenset(), data, ", ".join(self.request.files))
         return rows
 
     @cached_property
@@ -112,7 +112,7 @@ class EvaluationData:
                 self.notes.append(f"At data.max_length {self.config.data.max_length}: {count:,} {label}.")
         if not tokenized.trees:
             how = "look at data.max_length"
-            raise DataError(str(self.request.data), "no row is left after cutting rows into tokens", how)
+            raise DataError(", ".join(self.request.files), "no row is left after cutting rows into tokens", how)
         return tokenized
 
     @cached_property

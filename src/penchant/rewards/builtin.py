@@ -318,7 +318,7 @@ class RewardConfig(Section):
     def _from_shorthand(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"terms": {value: 1.0}, "single": True}
-        if isinstance(value, list):
+        if isinstance(value, (list, tuple)):
             value = _merge_list(value)
         if not isinstance(value, dict) or "terms" in value:
             return value

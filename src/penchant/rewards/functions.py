@@ -21,6 +21,7 @@ from penchant.base.text import closest, counted, short
 from penchant.data.load import prompt_json, prompt_text
 from penchant.distributed.world import current
 from penchant.errors import ConfigError, PenchantError, RewardError, setting
+from penchant.requests import check_type
 from penchant.rewards.builtin import (
     BUILT_IN,
     LARGEST,
@@ -406,11 +407,12 @@ def reward_config(spec: Any) -> RewardConfig:
     Raises:
         ConfigError: it is something other than names and weights.
     """
+    check_type("reward", spec, "str | Sequence[Any] | Mapping[Any, Any] | RewardConfig")
     try:
         return spec if isinstance(spec, RewardConfig) else RewardConfig.model_validate(spec)
     except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError("reward", message, "write NAME or {NAME: WEIGHT, ...}") from error
+        what, _, how = error.errors()[0]["msg"].removeprefix("Value error, ").partition("; ")
+        raise ConfigError("reward", what, how or "write NAME or {NAME: WEIGHT, ...}") from error
 
 
 def load_reward(spec: Any, policy: PolicyText | None = None, device: Any = "cpu") -> Reward:

@@ -56,6 +56,19 @@ def check_run_folder(folder: Path) -> None:
     Raises:
         CheckpointError: the path is a file, is below one, or holds a model. DiskError: it cannot be written.
     """
+    nearest = check_not_taken(folder)
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".penchant-", dir=nearest))  # os.access allows root everything, even in /proc
+    except OSError as error:
+        raise disk_error(folder, error) from error
+
+
+def check_not_taken(folder: Path) -> Path:
+    """The part of a run folder's path that exists. Writes nothing.
+
+    Raises:
+        CheckpointError: the path is a file, is below one, or holds a model. DiskError: it cannot be read.
+    """
     try:
         nearest = next(p for p in (folder, *folder.parents) if p.exists())
         if (folder / "config.json").exists():
@@ -65,10 +78,7 @@ def check_run_folder(folder: Path) -> None:
         raise disk_error(folder, error) from error
     if not nearest.is_dir():
         raise CheckpointError(str(folder), "output is a file, or lies below one", "choose another output")
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=".penchant-", dir=nearest))  # os.access allows root everything, even in /proc
-    except OSError as error:
-        raise disk_error(folder, error) from error
+    return nearest
 
 
 def make_folder(folder: Path) -> None:
