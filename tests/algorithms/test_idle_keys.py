@@ -210,7 +210,7 @@ ONCE = {
     "cispo": ("clip_high",),
     "ppo": ("clip", "clip_high", "clip_dual", "value_clip", "ratio_limit"),
 }
-TWO_STEPS = 3  # of `figures`: the optimizer's settings, and two rollouts, the second by a policy that has moved
+FIRST_FIGURES = 3  # of `figures`: the optimizer's settings, and two rollouts, the second by a policy that has moved
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in ONCE])
@@ -218,14 +218,14 @@ def test_with_one_update_a_batch_clips_change_nothing_and_are_refused(name: str)
     once = {"name": name, "max_new_tokens": 6, "beta": 0.1, "epochs": 1, "samples": 4}
     section = ALGORITHMS[name]
     plain = section.model_validate(once)
-    before = list(islice(figures(plain), TWO_STEPS))
+    before = list(islice(figures(plain), FIRST_FIGURES))
     for key in ONCE[name]:
         for value in (v for v in OTHER[key] if v != getattr(plain, key)):
             with pytest.raises(ValidationError, match=f"{key} has no effect with one update a batch"):
                 section.model_validate(once | {key: value})
             with recorded():
                 idle = section.model_validate(once | {key: value})
-            assert list(islice(figures(idle), TWO_STEPS)) == before, key
+            assert list(islice(figures(idle), FIRST_FIGURES)) == before, key
             section.model_validate(once | {key: value, "minibatches": 2})
 
 
