@@ -86,6 +86,8 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
             r"overlong has no option 'maximum'; there are max, cache",
         ),
         ("", ("foo.bar=1",), r'command line: unknown key "foo" at the top level'),
+        ("", ("lr=1e-4",), r'command line: unknown key "lr" at the top level; did you mean "train\.lr"\?'),
+        ("", ("trian.lr=1e-4",), r'did you mean "train"\?'),
         ("", ("data.colums.prompt=q",), r'command line: unknown key "colums" in data; did you mean "columns"\?'),
         ("", ("data.validation_fraction=0",), r"give a number > 0 and < 1, or null for none"),
         (

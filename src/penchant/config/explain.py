@@ -243,8 +243,8 @@ def _suggest_key(path: tuple[str, ...], places: Places) -> str:
     if word in SYNONYMS:
         return f'did you mean "{SYNONYMS[word]}"?'
     names = list(_fields_of(path))
-    if similar := closest(word, names):
-        return f'did you mean "{similar}"?'
-    if other_key := full_key(word, places):
-        return f'did you mean "{other_key}"?'
+    similar, other_key = closest(word, names), full_key(word, places)
+    at_top = len(path) == 1  # a bare name such as lr: the key that has it comes before a section that sounds like it
+    if guess := (other_key or similar) if at_top else (similar or other_key):
+        return f'did you mean "{guess}"?'
     return f"there are {', '.join(sorted(names))}"
