@@ -509,6 +509,13 @@ def test_a_file_of_a_tool_that_is_not_read_is_refused(tmp_path: Path, values: An
         import_config(path, overrides=["data.path=x.jsonl", "model.path=m"])
 
 
+def test_our_own_config_needs_no_import(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({"model": {"path": "m"}, "data": {"path": "x.jsonl"}, "loss": {"name": "dpo"}}))
+    with pytest.raises(ConfigError, match=r"own config already; use `penchant train .*run\.yaml`"):
+        import_config(path)
+
+
 def test_a_comment_stands_once(tmp_path: Path) -> None:
     path = tmp_path / "theirs.yaml"
     path.write_text("model_name_or_path: a/b\nuse_peft: true\nlora_r: 8\ndo_train: true\ntrust_remote_code: true\n")

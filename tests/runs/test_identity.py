@@ -219,6 +219,16 @@ def test_a_changed_input_is_refused_by_name(world: Callable[[str], World], kind:
     assert not re.search(r"[0-9a-f]{64}", str(met.value))
 
 
+def test_rows_have_changed_only_if_nothing_else_explains_it() -> None:
+    saved = {"config": {"data": {"path": "a.jsonl", "max_length": 64}}, "data": "of 64"}
+    longer = {"config": {"data": {"path": "a.jsonl", "max_length": 32}}, "data": "of 32"}
+    (change,) = identity_changes(saved, longer, {})
+    assert "max_length" in change and "rows" not in change
+    (change,) = identity_changes(saved, {**saved, "data": "edited"}, {})
+    assert "rows of a.jsonl have changed" in change
+    assert not identity_changes(saved, saved, {})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
 def test_any_bit_of_any_input(world: Callable[[str], World], kind: str) -> None:

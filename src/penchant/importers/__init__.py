@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,6 +207,10 @@ def import_config(
         raise ConfigError(str(path), f"has the key {bad_key!r}, which is not a text", "quote it, or leave it out")
     if devices < 1:
         raise ConfigError("--devices", f"is {devices}", "give the number of GPUs, 1 or more")
+    if isinstance(values.get("model"), Mapping) and values.keys() <= RunConfig.model_fields.keys():
+        raise ConfigError(
+            str(path), "is Penchant's own config already", f"use `penchant train {shlex.quote(str(path))}`"
+        )
     if source == "auto":
         _reject_unsupported_tools(values, str(path))
     tool = (

@@ -336,15 +336,16 @@ def identity_changes(saved: Mapping[str, Any], current: Mapping[str, Any], defau
     saved, current = ({k: v for k, v in side.items() if k not in on_one_side} for side in (saved, current))
     if TOKENS not in current:
         saved = {key: value for key, value in saved.items() if key != TOKENS}
-    rows = (
-        [] if saved.get("data") == current.get("data") else [f"data: the rows of {_data_files(current)} have changed"]
-    )
     names = sorted(k for k in saved.keys() | current.keys() if k.startswith(CONTENT) and saved.get(k) != current.get(k))
     files = [f"{k} {'is new' if k not in saved else 'has changed' if k in current else 'is gone'}" for k in names]
     old, new = (
         {k: v for k, v in side.items() if k != "data" and not k.startswith(CONTENT)} for side in (saved, current)
     )
-    return [*differences(old, new, defaults=defaults), *files, *rows]
+    changes = [*differences(old, new, defaults=defaults), *files]
+    # other settings of the data make other rows of the same files
+    if saved.get("data") != current.get("data") and not any(c.startswith("config.data.") for c in changes):
+        changes.append(f"data: the rows of {_data_files(current)} have changed")
+    return changes
 
 
 def _data_files(identity: Mapping[str, Any]) -> str:
