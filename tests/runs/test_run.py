@@ -233,6 +233,20 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
     assert caches_after(f"model.path={other}", f"output={tmp_path}/f") == before + 4
 
 
+def test_a_short_run_says_that_the_cache_is_for_all_rows(base: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    base["evaluation"] = {"samples": 0, "kl_prompts": 0}
+
+    def advice(name: str, *overrides: str) -> bool:
+        api.train(base, f"output={base['output']}/{name}", *overrides)
+        return "train.max_steps=1 uses" in capsys.readouterr().err
+
+    one_row = "train.max_steps=1", "train.batch_size=1"
+    assert not advice("frozen", *one_row, "reference.kind=frozen")
+    assert advice("cached", *one_row, "reference.kind=cached")
+    assert not advice("read", *one_row, "reference.kind=cached")  # the cache exists now
+    assert not advice("all", "train.max_steps=1", "train.batch_size=1000", "reference.kind=cached", "data.limit=30")
+
+
 def test_kill_9_then_the_same_command_ends_bit_for_bit_the_same(base: dict[str, Any], tmp_path: Path) -> None:
     """A real process, killed at an arbitrary moment."""
     base["train"] |= {"epochs": 3, "batch_size": 3}
@@ -402,6 +416,8 @@ def test_prompt_longer_than_the_context_is_refused(base: dict[str, Any]) -> None
 def test_a_missing_model_folder(base: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         api.train(base, f"model.path={tmp_path}/nowhere", quiet=True)
+    with pytest.raises(ModelError, match=f"is a file, .*did you mean its folder, {base['model']['path']}"):
+        api.train(base, f"model.path={base['model']['path']}/config.json", quiet=True)
 
 
 def test_dpo_on_plain_text_is_refused(base: dict[str, Any], tmp_path: Path) -> None:

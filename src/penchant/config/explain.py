@@ -116,7 +116,7 @@ def _explain(error: Any, places: Places, source: str, suggest: Callable[[str], s
     path = tuple(str(p) for p in error["loc"] if not NO_KEYS.fullmatch(str(p)))
     where, dotted = place_of(path, places, source), ".".join(path)
     kind, value = error["type"], error.get("input")
-    type_names = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "null"}
+    type_names = {dict: "a mapping", list: "a list", bool: f"{as_yaml(value)} (a boolean)", type(None): "empty (null)"}
     value_text = type_names.get(type(value), short(repr(value)))
     if kind == "extra_forbidden":
         section = f"in {'.'.join(path[:-1])}" if path[:-1] else "at the top level"

@@ -201,6 +201,11 @@ def check_model_path(path: str, required_file: str = "config.json") -> str:
         suggestion = closest(folder.name, (p.name for p in folder.parent.glob("*/")), 0.7)
         how = f"give a folder with {required_file}, or a hub id (owner/name)"
         raise ModelError(path, "no such folder", f"did you mean {folder.parent / suggestion}?" if suggestion else how)
+    if folder.is_file():
+        model = folder.parent
+        is_model = (model / required_file).exists()
+        how = f"did you mean its folder, {model}?" if is_model else f"give a folder with {required_file}, or a hub id"
+        raise ModelError(path, "is a file, not a model's folder", how)
     if not (folder / required_file).exists():
         subfolder = folder / "model"
         advice = "it must hold a transformers model"
