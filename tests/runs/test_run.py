@@ -233,7 +233,9 @@ def test_a_new_learning_rate_or_folder_reuses_the_cache_but_a_new_token_or_templ
     assert caches_after(f"model.path={other}", f"output={tmp_path}/f") == before + 4
 
 
-def test_a_short_run_says_that_the_cache_is_for_all_rows(base: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_run_says_that_the_cache_is_for_all_rows(
+    base: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     base["evaluation"] = {"samples": 0, "kl_prompts": 0}
 
     def advice(name: str, *overrides: str) -> bool:
