@@ -18,7 +18,7 @@ LAYERS = [
     {"judges", "logprobs", "training"},
     {"rollout"},
     {"metrics", "rewards"},
-    {"algorithms", "download", "report", "watch"},
+    {"algorithms", "download", "flags", "report", "watch"},
     {"config"},
     {"track"},
     {"importers", "runs"},

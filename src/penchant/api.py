@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from penchant.data.load import Dataset
     from penchant.download import GetResult
     from penchant.export import ExportResult
-    from penchant.metrics.flags.rule import Flag
+    from penchant.flags.rule import Flag
     from penchant.pipeline.conduct import PipelineResult
     from penchant.plan import Plan
     from penchant.runs import TrainResult
@@ -192,7 +192,7 @@ def flags(path: str | Path) -> list[Flag]:
     Raises:
         CheckpointError: the folder is neither.
     """
-    from penchant.metrics.flags import compute_flags
+    from penchant.flags import compute_flags
 
     return compute_flags(path)
 

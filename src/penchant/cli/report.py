@@ -62,7 +62,7 @@ def _report(args: argparse.Namespace) -> int:
 def _flags(args: argparse.Namespace) -> int:
     from penchant import api
     from penchant.errors import ConfigError
-    from penchant.metrics.flags import format_flags, markdown
+    from penchant.flags import format_flags, markdown
     from penchant.runfolder import damage_notes
 
     if args.rules:

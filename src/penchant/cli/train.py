@@ -67,7 +67,7 @@ def _train(args: argparse.Namespace) -> int:
     if (report := result.folder / "report.html").is_file():
         print(f"report: {report}")
     if result.flags:
-        from penchant.metrics.flags import summary
+        from penchant.flags import summary
 
         print(f"{summary(result.flags)}\nevidence and advice: penchant flags {result.folder}")
     from penchant.report import headline

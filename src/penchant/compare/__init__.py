@@ -39,9 +39,9 @@ from penchant.compare.runs import (
 )
 from penchant.data.load import Dataset, load_preferences
 from penchant.errors import ConfigError, DataError
+from penchant.flags import comparison_flags, summary
+from penchant.flags.rule import Flag
 from penchant.judges import ENDPOINT_FLAGS, JudgeOptions, PairJudge, load_judge
-from penchant.metrics.flags import comparison_flags, summary
-from penchant.metrics.flags.rule import Flag
 from penchant.requests import HUMANS, CompareRequest
 from penchant.rewards.functions import reads_columns
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, REPORT, damage_notes, make_folder

@@ -16,8 +16,8 @@ from penchant.base.section import Section, refuse_idle
 from penchant.data.options import DataConfig
 from penchant.distributed.options import LaunchConfig
 from penchant.errors import ConfigError
+from penchant.flags.rule import TrustConfig
 from penchant.losses.section import LossConfig, LossModifiers
-from penchant.metrics.flags.rule import TrustConfig
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import RewardConfig, kind_of
 from penchant.rollout.options import PLACES, RolloutConfig

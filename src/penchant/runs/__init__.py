@@ -24,9 +24,9 @@ from penchant.data.templates import DATE, uses_chat, writes_date
 from penchant.distributed.shard import whole_weights
 from penchant.distributed.world import current
 from penchant.errors import CheckpointError, ConfigError, DiskError, PenchantError
+from penchant.flags import run_flags, summary, write_flags
+from penchant.flags.rule import Flag
 from penchant.metrics.completions import START_FILE
-from penchant.metrics.flags import run_flags, summary, write_flags
-from penchant.metrics.flags.rule import Flag
 from penchant.models.options import check_model_path, check_weights
 from penchant.rewards.functions import check_reward
 from penchant.rewards.reward_model import reward_writes_date

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from penchant.base.text import counted
-from penchant.metrics.flags.rule import (
+from penchant.flags.rule import (
     ComparisonView,
     Finding,
     RunView,

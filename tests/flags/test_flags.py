@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from penchant.metrics.flags.rule import Evidence, Flag
+from penchant.flags.rule import Evidence, Flag
 
 
 def test_a_flag_comes_back_from_json_as_it_was() -> None:

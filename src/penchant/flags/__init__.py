@@ -15,8 +15,8 @@ from typing import Any
 from penchant.base.files import optional_write, packaged_yaml
 from penchant.base.text import printable
 from penchant.errors import CheckpointError
-from penchant.metrics.flags import of_comparison, of_data, of_training
-from penchant.metrics.flags.rule import (
+from penchant.flags import of_comparison, of_data, of_training
+from penchant.flags.rule import (
     ComparisonView,
     Evidence,
     Finding,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from penchant.base.text import counted
-from penchant.metrics.flags.rule import (
+from penchant.flags.rule import (
     SMALLEST_WINDOW,
     ComparisonView,
     Finding,

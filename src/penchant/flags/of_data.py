@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from penchant.base.text import counted
-from penchant.metrics.flags.rule import Finding, RunView, finding, percent
+from penchant.flags.rule import Finding, RunView, finding, percent
 from penchant.metrics.names import TIES
 from penchant.runfolder.values import algorithm_of, count_unchanged, num, sample_size
 

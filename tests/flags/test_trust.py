@@ -15,7 +15,7 @@ import pytest
 from penchant.cli import main
 from penchant.config import config_from_mapping, load_config
 from penchant.errors import CheckpointError
-from penchant.metrics.flags import (
+from penchant.flags import (
     RULES,
     TrustConfig,
     comparison_flags,
@@ -26,7 +26,7 @@ from penchant.metrics.flags import (
     summary,
     write_flags,
 )
-from penchant.metrics.flags.rule import (
+from penchant.flags.rule import (
     Flag,
     Point,
     RunView,
