@@ -231,7 +231,11 @@ class EvalRequest:
     seed: int = option("seed for sampling (default: %(default)d)", 0, group=WRITES, low=0)
     reward: Any = option("any reward: sentiment, path.py:function, a reward model's run", group=WRITES)  # noqa: RUF009
     also: tuple[str, ...] = option("another reward to report (repeatable)", (), "REWARD", group=WRITES)
-    overlap: bool = option("compute BLEU and ROUGE against the data's answers", True, either=True, group=WRITES)
+    overlap: bool | None = option(
+        "compute BLEU and ROUGE against the data's answers (default: if penchant[eval] is installed)",
+        either=True,
+        group=WRITES,
+    )
     stemmer: bool = option("use Porter's stemmer for ROUGE", False, flag="--rouge-stemmer", group=WRITES)
     samples_output: str | None = option("file to write the completions to", metavar="FILE.jsonl", group=WRITES)
     output: str | None = option("file to write all figures to", metavar="FILE.json")

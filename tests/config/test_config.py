@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penchant.config import RunConfig, config_from_mapping, dump_config, load_config, result_settings
+from penchant.config.yaml import read_mapping
 from penchant.errors import ConfigError
 
 BASE = "model: {path: m}\ndata: {path: d}\noutput: o\n"
@@ -60,7 +61,7 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
         ),
         ("train: {lr: 1e-4}\nreward: words", (), r"run\.yaml:5: reward is set without an algorithm"),
         ("", ("data.eval_path=3",), r"command line: data\.eval_path is 3; give text \(.*\) or a list or a mapping$"),
-        ("", ("data.path=[]",), r"command line: data\.path: names no file; give one or more"),
+        ("", ("data.path=[]",), r"command line: data\.path: is empty; give at least one file"),
         ("", ("data.columns={1: text}",), r"command line: data\.columns\.1 is 1; give text"),
         ("", ("data=[{path: a}, {path: b, weight: 2}]",), r"command line: data: sources\.0 has no weight"),
         (
@@ -116,6 +117,14 @@ def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
 def test_files_that_are_no_config(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _load(tmp_path, text)
+
+
+def test_a_python_script_is_no_config(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text('from trl import DPOConfig\n\nargs = DPOConfig(output_dir="x", beta=0.1)\n')
+    for kind in ("foreign", "run"):
+        with pytest.raises(ConfigError, match="is a Python script"):
+            read_mapping(script, kind)
 
 
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:

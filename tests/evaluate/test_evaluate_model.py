@@ -351,8 +351,11 @@ def test_without_the_extra_bleu_is_a_sentence_and_the_rest_goes_on(
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     asked: dict[str, Any] = {"data": there["test"], "generate": 2, "max_new_tokens": 3, "quiet": True}
     with pytest.raises(ConfigError, match=r"pip install 'penchant\[eval\]'"):
-        api.evaluate(there["base"], FP32, **asked)
-    assert "eval/generated/length" in api.evaluate(there["base"], FP32, overlap=False, **asked)
+        api.evaluate(there["base"], FP32, overlap=True, **asked)
+    by_default, without = (api.evaluate(there["base"], FP32, overlap=overlap, **asked) for overlap in (None, False))
+    assert "eval/generated/length" in by_default and "eval/generated/bleu" not in by_default
+    assert [n for n in by_default["notes"] if "penchant[eval]" in n]
+    assert not [n for n in without.get("notes", []) if "penchant[eval]" in n]
 
 
 def test_a_step_where_there_is_no_checkpoint(there: Paths, tmp_path: Path) -> None:

@@ -113,6 +113,8 @@ def test_several_sources_by_hand() -> None:
     assert (found.estimate, found.low, found.high) == pytest.approx((5.0, 5.0 - half, 5.0 + half))
     two_seeds = interval_from_sources(0.0, [[1.0, 3.0]])  # the tabulated Student's t with one degree of freedom
     assert two_seeds.high == pytest.approx(12.7062047)
+    share = interval_from_sources(0.9, [[0.8, 1.0]], share=True)
+    assert share.high == 1.0 and share.low == 0.0 and interval_from_sources(0.9, [[0.8, 1.0]]).high > 1.0
     assert p_value_from_sources(12.7062047, [[1.0, 3.0]]) == pytest.approx(0.05, rel=1e-6)
 
 

@@ -215,6 +215,7 @@ def test_an_odd_adapter_is_one_sentence(tmp_path: Path) -> None:
         ({}, {n: t for n, t in tensors.items() if n != name}, f"lacks {name}"),
         ({}, nan, "holds NaN"),
         ({"peft_type": "NONSENSE"}, tensors, "could not be loaded"),
+        ({}, {n: t[:, :-1].contiguous() for n, t in tensors.items()}, "size mismatch"),
     ):
         (adapter / "adapter_config.json").write_text(json.dumps({**settings, **changed}))
         save_file(left, adapter / "adapter_model.safetensors", {"format": "pt"})

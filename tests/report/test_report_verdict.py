@@ -253,6 +253,9 @@ def test_one_kind_of_flag_of_several_runs_is_one_card(tmp_path: Path) -> None:
     made = str(flags(read_report([sweep], 0.0)))
     assert made.count("<article") == 1 and "in 3 of 4 runs" in made and made.count("do it") == 1
     assert made.index("seen in beta-0.1-seed-0") < made.index("the 2 others") < made.index("seen in beta-0.1-seed-1")
+    compared = make_comparison(tmp_path / "c")
+    write_json(compared / "flags.json", [])
+    assert "in 3 of 5 runs and comparisons" in str(flags(read_report([sweep, compared], 0.0)))
 
 
 def test_runs_that_halving_left_behind_are_no_results(tmp_path: Path) -> None:

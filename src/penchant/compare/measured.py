@@ -182,7 +182,7 @@ def figures(seeds: Sequence[Measurement]) -> Metrics:
     """
     metrics: Metrics = {}
     for name in seeds[0].values:
-        draws, share = SEVERAL_DRAWS if name.startswith("kl") else 10_000, name == "preference_accuracy"
+        draws, share = SEVERAL_DRAWS if name.startswith("kl") else 10_000, name in ("ended", "preference_accuracy")
         metrics |= _interval([m.values[name] for m in seeds], draws, share=share).named(name)
     if seeds[0].also:
         metrics["also"] = {
@@ -205,7 +205,7 @@ def _interval(seeds: Sequence[tuple[np.ndarray, np.ndarray]], draws: int, *, sha
         return (share_ci if share else bootstrap_ci)(seeds[0][0], clusters=seeds[0][1], draws=draws)
     prompt_means = np.stack([by_prompt(values, clusters) for values, clusters in seeds])
     sources = [prompt_means.mean(1), prompt_means.mean(0)] if prompt_means.shape[1] > 1 else [prompt_means.mean(1)]
-    return interval_from_sources(prompt_means.mean(), sources)
+    return interval_from_sources(prompt_means.mean(), sources, share=share)
 
 
 def by_prompt(values: np.ndarray, clusters: np.ndarray) -> np.ndarray:

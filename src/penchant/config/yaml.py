@@ -192,6 +192,9 @@ def read_mapping(path: str | Path, kind: str) -> tuple[dict[str, Any], Places]:
         raise ConfigError(str(path), f"cannot be read ({error})", "give a UTF-8 YAML file") from error
     if path.suffix.lower() == ".json" and not text.lstrip().startswith("{"):
         raise _data_file_error(path)
+    if path.suffix == ".py":
+        how = "write the arguments that it sets, such as those of DPOConfig, into a YAML file"
+        raise ConfigError(str(path), "is a Python script, and a config (YAML) is expected here", how)
     values, places = parse_yaml(text, str(path))
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"

@@ -172,7 +172,7 @@ class DataConfig(Section):
     @classmethod
     def _check_files(cls, files: Any) -> Any:
         if isinstance(files, (list, dict)) and not files:
-            raise ValueError("names no file; give one or more, or leave it out")
+            raise ValueError("is empty; give at least one file, or one row")
         return files
 
     @field_validator("template_options")

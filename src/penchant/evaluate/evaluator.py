@@ -128,6 +128,20 @@ class Evaluation(EvaluationData):
             "lower it, or data.max_length, which cuts prompts",
         )
 
+    @cached_property
+    def overlap(self) -> bool:
+        """Whether BLEU and ROUGE are computed: if the data has answers and, unless they are asked for, the packages are installed."""
+        if self.request.overlap is False or not self.good_answers:
+            return False
+        try:
+            require_overlap()
+        except ConfigError as error:
+            if self.request.overlap:
+                raise
+            self.notes.append(f"BLEU and ROUGE are left out: they {error.what}; pip install 'penchant[eval]'.")
+            return False
+        return True
+
     # ---- the figures ----------------------------------------------------------------------------------------------
 
     def check(self) -> None:
@@ -147,8 +161,7 @@ class Evaluation(EvaluationData):
             if self.rows is None:
                 raise ConfigError("--generate", "there are no prompts", "give --data with rows that have prompts")
             _ = self.judges, self.prompts
-            if request.overlap and self.good_answers:
-                require_overlap()
+            _ = self.overlap
         elif not self.answers and (request.data is not None or request.text is None):
             raise DataError(
                 ", ".join(request.files) or self.source.name,
@@ -271,7 +284,7 @@ class Evaluation(EvaluationData):
         figures = generation_figures(completions, also)
         references = [self.good_answers.get(t.prompt_ids.tobytes(), []) for t in self.prompts for _ in range(r.samples)]
         indices = [i for i, refs in enumerate(references) if refs]
-        if r.overlap and indices:
+        if self.overlap and indices:
             overlap, signature = overlap_figures(
                 [completions.texts[i].strip() for i in indices],
                 [references[i] for i in indices],

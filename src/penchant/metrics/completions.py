@@ -268,8 +268,8 @@ def require_overlap() -> None:
         import rouge_score  # noqa: F401
         import sacrebleu  # noqa: F401
     except ImportError as error:
-        how = "pip install 'penchant[eval]', or leave them out with --no-overlap"
-        raise ConfigError("BLEU and ROUGE", f"need an extra ({error.name or error} is not installed)", how) from error
+        what = f"need an extra ({error.name or error} is not installed)"
+        raise ConfigError("BLEU and ROUGE", what, "pip install 'penchant[eval]', or leave them out") from error
 
 
 def overlap_figures(

@@ -291,17 +291,21 @@ def seeds_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95
     return interval_from_sources(a.mean() - b.mean(), [a.mean(1), b.mean(1), a.mean(0) - b.mean(0)], level=level)
 
 
-def interval_from_sources(estimate: float, sources: Sequence[ArrayLike], *, level: float = 0.95) -> Interval:
+def interval_from_sources(
+    estimate: float, sources: Sequence[ArrayLike], *, share: bool = False, level: float = 0.95
+) -> Interval:
     """An estimate with its interval, given several independent sources of variance.
 
     ``E +- t sqrt(sum_k s_k^2 / n_k)``, s_k the standard deviation of source k's n_k draws; t by Welch-Satterthwaite.
 
     Args:
         sources: the draws of each source, (n_k,) with n_k >= 2: means of seeds, means of prompts.
+        share: the estimate is a share, and so the interval ends at 0 and 1.
     """
     variance, freedom = _total_variance(sources)
     half = t_quantile((1 + level) / 2, freedom) * math.sqrt(variance) if variance > 0.0 else 0.0
-    return Interval(float(estimate), float(estimate - half), float(estimate + half))
+    low, high = float(estimate - half), float(estimate + half)
+    return Interval(float(estimate), max(0.0, low), min(1.0, high)) if share else Interval(float(estimate), low, high)
 
 
 def p_value_from_sources(estimate: float, sources: Sequence[ArrayLike]) -> float:

@@ -211,8 +211,7 @@ def _win_rate(wins: np.ndarray, sources: Sequence[np.ndarray] | None) -> Interva
     by_prompt = np.nanmean(wins, (0, 1, *range(3, wins.ndim)))
     if sources is None:
         return share_ci(by_prompt)
-    raw = interval_from_sources(float(by_prompt.mean()), sources)
-    return Interval(raw.estimate, max(0.0, raw.low), min(1.0, raw.high))
+    return interval_from_sources(float(by_prompt.mean()), sources, share=True)
 
 
 def _win_rate_at_equal_length(wins: np.ndarray, a_lengths: np.ndarray, b_lengths: np.ndarray) -> Interval:

@@ -31,7 +31,9 @@ PLACES = re.compile(r"\.(?:layers?|h|blocks?)\.(\d+)\.")
 
 
 def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    """The first line of an error's text, with the next one if it ends in a colon; its type if it has no text."""
+    first, *rest = str(error).strip().splitlines() or [type(error).__name__]
+    return (f"{first} {rest[0].strip()}" if rest and first.rstrip().endswith(":") else first)[:300]
 
 
 def config_of(path: str) -> str:

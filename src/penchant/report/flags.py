@@ -17,13 +17,15 @@ Found = tuple[str, Mapping[str, Any]]  # the run, "" for the only one, and its f
 def flags(data: ReportData) -> Element | None:
     """Each kind of flag once, warnings first; a sentence if no flag was raised; None if no flags file exists."""
     checked = [(r.name if len(data.runs) > 1 else "", r.flags) for r in data.runs if r.flags is not None]
-    checked += [("", c.flags) for c in data.comparisons if c.flags is not None]
+    compared = [("", c.flags) for c in data.comparisons if c.flags is not None]
+    checked += compared
     if not checked:
         return None
+    kinds = "runs and comparisons" if compared else "runs"
+    sources = f"{len(checked)} {kinds}" if len(checked) > 1 else ""
     findings: list[Found] = [(run_name, flag) for run_name, run_flags in checked for flag in run_flags or ()]
     if not findings:
-        scope = "" if len(checked) == 1 else f" in {len(checked)} runs"
-        return muted(f"No flag was raised{scope}.")
+        return muted(f"No flag was raised{f' in {sources}' if sources else ''}.")
     findings.sort(key=lambda f: text(f[1].get("level")) != "warning")
     groups: dict[tuple[str, str], list[Found]] = {}
     for entry in findings:
@@ -32,11 +34,11 @@ def flags(data: ReportData) -> Element | None:
     shown = list(groups.values())[:MAX_KINDS]
     remaining = len(groups) - len(shown)
     more = muted(f"{remaining} more kinds of flags are in the runs\u2019 flags.json.") if remaining else None
-    return el("div", [_card(g, len(checked)) for g in shown], more, class_="flags")
+    return el("div", [_card(g, sources) for g in shown], more, class_="flags")
 
 
-def _card(findings: Sequence[Found], run_count: int) -> Element:
-    """One kind of flag: its first finding, those of other runs folded, and the advice once."""
+def _card(findings: Sequence[Found], sources: str) -> Element:
+    """One kind of flag: its first finding, those of other sources folded, and the advice once."""
     (run_name, first), *rest = findings
     warning, title = (
         text(first.get("level")) == "warning",
@@ -45,7 +47,7 @@ def _card(findings: Sequence[Found], run_count: int) -> Element:
     subject = _subject(run_name, first)
     about = el("small", " ", user_text(subject)) if subject else None
     if rest:
-        about = el("small", f" {len(findings)} times" if run_count == 1 else f" in {len(findings)} of {run_count} runs")
+        about = el("small", f" in {len(findings)} of {sources}" if sources else f" {len(findings)} times")
     mark = el("span", "\u25b2 " if warning else "\u25cb ", aria_hidden="true")
     others = fold(
         f"the {len(rest)} others" if len(rest) > 1 else "the other one",
