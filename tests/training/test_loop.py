@@ -7,6 +7,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from steps import small_loop
 
 from penchant.algorithms.offline import Component, Offline
 from penchant.base.machine import peak_memory
+from penchant.data.packing import pack
 from penchant.errors import TrainingStopped
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
@@ -27,6 +29,7 @@ from penchant.training.console import PlainConsole, QuietConsole, figures
 from penchant.training.loop import Interrupted, Loop
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig
+from penchant.types import FURTHER
 
 
 class Killed(BaseException):
@@ -218,6 +221,16 @@ def test_nan_takes_no_step_and_lists_the_rows(tmp_path: Path) -> None:
     after = final_state(loop)
     key = "model/model.layers.0.mlp.up_proj.weight"
     assert torch.equal(before[key], after[key])
+
+
+def test_a_row_that_was_written_twice_is_listed_as_the_datas(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "run")
+    tree = loop.trees[1]
+    batch = pack([tree, replace(tree, row=tree.row + FURTHER)])
+    with pytest.raises(TrainingStopped):
+        loop._dump_and_stop(0, "the loss is NaN or infinite", [batch])
+    dumped = json.loads((tmp_path / "run/stopped-batch-step-0.json").read_text())
+    assert dumped["rows"] == [{"row": tree.row, "source": tree.source}] * 2
 
 
 def test_a_signal_writes_a_checkpoint_and_the_same_command_continues(
