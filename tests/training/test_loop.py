@@ -425,6 +425,13 @@ def test_the_best_step_is_that_of_the_best_value(tmp_path: Path, mode: Any, best
     assert {p.name for p in (tmp_path / "run/checkpoints").glob("step-*")} == {f"step-{best}", "step-6"}
 
 
+def test_a_held_out_figure_that_is_nan_is_not_the_best(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "run")
+    loop.evaluate = lambda step: {"eval/loss": math.nan if step == 2 else float(step)}
+    loop.run()
+    assert (loop.state.best_step, loop.state.best_value) == (4, 4.0)
+
+
 def test_a_refused_step_changes_nothing_and_leaves_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loop = make_loop(tmp_path / "run")
     monkeypatch.setattr(Offline, "accepts", lambda self, means: False)

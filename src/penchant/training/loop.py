@@ -534,7 +534,7 @@ class Loop:
         self.console.evaluated(self.state.step, line)
         self.state.last_eval = line
         value = values.get(self.checkpoint.metric)
-        if value is None or self.state.step == 0:
+        if value is None or math.isnan(value) or self.state.step == 0:
             return
         best = self.state.best_value
         is_better = best is None or (value < best if self.checkpoint.mode == "min" else value > best)
