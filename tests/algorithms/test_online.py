@@ -653,3 +653,13 @@ def test_equal_rewards_have_no_spread_whatever_their_mean_is_rounded_to(reward: 
     group = Group(make_tree(0, 2, (2,) * k), torch.full((k,), reward, dtype=torch.float64))
     found = rollout_reward_metrics([group])
     assert found["reward/std"] == 0.0 and found["frac_reward_zero_std"] == 1.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rewards", [[[2.0]], [[float("nan")]], [[2.0, float("nan")]]], ids=str)
+def test_a_single_reward_has_no_spread_and_no_warning(rewards: list[list[float]]) -> None:
+    of_prompt = torch.tensor(rewards[0], dtype=torch.float64)
+    group = Group(make_tree(0, 2, (2,) * len(of_prompt)), of_prompt, terms={"mine": of_prompt})
+    found = rollout_reward_metrics([group])
+    assert "reward/std" not in found and "rewards/mine/std" not in found
+    assert found.get("reward", 2.0) == found.get("rewards/mine/mean", 2.0) == 2.0

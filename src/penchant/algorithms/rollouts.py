@@ -701,7 +701,7 @@ def rollout_reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
         metrics["reward/std"] = float(spreads.nanmean())
         metrics["frac_reward_zero_std"] = float((spreads.nan_to_num() == 0).double().mean())
     else:
-        metrics["reward/std"] = float(finite.std())
+        metrics["reward/std"] = float(_spread(finite))
     metrics |= {"reward/none": missing} if missing else {}
     metrics |= {
         "completions/length": float(np.mean(lengths)),
@@ -710,7 +710,7 @@ def rollout_reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     for name in sorted(groups[0].terms):  # in the order that a checkpoint restores
         values = torch.stack([g.terms[name] for g in groups])
         finite = values[~values.isnan()]
-        metrics |= {f"rewards/{name}/mean": float(finite.mean()), f"rewards/{name}/std": float(finite.std())}
+        metrics |= {f"rewards/{name}/mean": float(finite.mean()), f"rewards/{name}/std": float(_spread(values))}
         if len(finite) < values.numel():
             metrics[f"rewards/{name}/none"] = 1.0 - len(finite) / values.numel()
     metrics |= dict(sorted(groups[0].logged.items()))
