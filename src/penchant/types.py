@@ -105,6 +105,11 @@ class PicturedPrompt(NamedTuple):
     images: tuple[Picture, ...]
 
 
+# added to a row's number for each further time that one batch of rollouts has it; a lower one's high word could be a sample's index,
+# and numpy's SeedSequence would take row + FURTHER, sample 0 for row, sample n
+FURTHER = 1 << 45
+
+
 @dataclass(frozen=True, slots=True)
 class TokenTree:
     """A tokenized prompt tree.
@@ -463,7 +468,7 @@ class Algorithm(Protocol):
         return True
 
     def end_step(self, step: int, means: Mapping[str, float]) -> None:
-        """Called after optimizer step `step` (1-based) with the global means of its metrics."""
+        """Called after optimizer step `step` (1-based) with the global means of its metrics; there are none if it had no rows."""
         return None
 
     def state_tensors(self) -> dict[str, Tensor]:

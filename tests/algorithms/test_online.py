@@ -259,6 +259,28 @@ def test_a_reference_that_follows_the_policy(
     assert written(resumed.folder, resumed.steps) == written(whole.folder, whole.steps)
 
 
+def test_a_moving_references_start_has_the_temperature_of_the_policy(base: dict[str, Any]) -> None:
+    base["algorithm"] |= {"name": "grpo", "beta": 0.1, "temperature": 0.5}
+    base["train"] |= {"max_steps": 1}
+    result = api.train({**base, "reference": {"ema": 0.9}}, quiet=True)
+    assert abs(result.before["eval/kl/policy_ref"]) < 1e-5 and result.before["eval/kl/k3"] < 1e-6
+
+
+def test_a_reference_follows_in_a_step_with_nothing_to_learn_from_too(base: dict[str, Any], tmp_path: Path) -> None:
+    reward = tmp_path / "second.py"
+    reward.write_text(
+        "def f(prompts, completions, trainer_state):\n"
+        "    return [None if trainer_state.global_step == 1 else float(c.count('e')) for c in completions]\n"
+    )
+    base["algorithm"] |= {"beta": 0.1}
+    base["train"] |= {"max_steps": 3}
+    base |= {"reward": f"{reward}:f", "data": {**base["data"], "validation_rows": None}}
+    result = api.train({**base, "reference": {"sync_every": 2}}, quiet=True)
+    _, second, third = lines(result.folder)
+    assert "skipped" in second and second["kl/k3"] > 1e-3  # the policy moved in the first step
+    assert third["kl/k3"] < 1e-6
+
+
 def test_groups_survive_as_tensors() -> None:
     some = groups()
     for g in some:
@@ -623,3 +645,21 @@ def test_a_prompt_with_at_most_one_reward_counts_as_one_that_teaches_nothing() -
     found = said([1.0, 2.0, none], [1.0, none, none], [none, none, none], [3.0, 3.0, 3.0])
     assert found["frac_reward_zero_std"] == 0.75 and found["reward/none"] == 0.5
     assert found["reward/std"] == pytest.approx((0.5**0.5 + 0.0) / 2)  # of those that have one
+
+
+@pytest.mark.parametrize("reward", [0.1, 0.3, -2.7])
+@pytest.mark.parametrize("k", [3, 9, 18])
+def test_equal_rewards_have_no_spread_whatever_their_mean_is_rounded_to(reward: float, k: int) -> None:
+    group = Group(make_tree(0, 2, (2,) * k), torch.full((k,), reward, dtype=torch.float64))
+    found = rollout_reward_metrics([group])
+    assert found["reward/std"] == 0.0 and found["frac_reward_zero_std"] == 1.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rewards", [[[2.0]], [[float("nan")]], [[2.0, float("nan")]]], ids=str)
+def test_a_single_reward_has_no_spread_and_no_warning(rewards: list[list[float]]) -> None:
+    of_prompt = torch.tensor(rewards[0], dtype=torch.float64)
+    group = Group(make_tree(0, 2, (2,) * len(of_prompt)), of_prompt, terms={"mine": of_prompt})
+    found = rollout_reward_metrics([group])
+    assert "reward/std" not in found and "rewards/mine/std" not in found
+    assert found.get("reward", 2.0) == found.get("rewards/mine/mean", 2.0) == 2.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -261,3 +263,17 @@ def test_whitened_rewards_keep_their_mean() -> None:
     rewards = (rewards - rewards.mean()) / rewards.std() + rewards.mean()
     expected, _ = gae(rewards, extras(ppo, "values"), lengths, gamma=0.9, lam=0.8)
     assert torch.allclose(extras(ppo, "advantages"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalized", ["whiten_advantages", "whiten_rewards"])
+def test_a_completion_without_a_reward_is_not_normalized_over(normalized: str) -> None:
+    config = {"beta": 0.2, "whiten_advantages": False, normalized: True}
+    ppo, without = made(**config), made(**config)
+    everything: Any = Fixed().write([], 0)
+    everything[1].rewards[0] = torch.nan
+    some = [replace(g, extras={}) for i, g in enumerate(everything) if i != 1]
+    ppo.writer, without.writer = (SimpleNamespace(seed=0, write=lambda *_, g=g: g) for g in (everything, some))  # type: ignore[assignment]
+    for one in (ppo, without):
+        one.begin_step(0, 0.0, [])
+    got = torch.cat([g.extras["advantages"] for i, g in enumerate(ppo.groups) if i != 1])
+    assert torch.allclose(got, extras(without, "advantages"), rtol=1e-9)

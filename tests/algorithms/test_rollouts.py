@@ -103,6 +103,21 @@ def test_draws_belong_to_seed_iteration_and_row(model: Any) -> None:
     assert ids(writer(model, seed=1).write([one, two], 0)) != ids(writer(model).write([one, two], 1))
 
 
+def test_a_row_that_comes_twice_in_a_batch_has_draws_of_its_own_each_time(model: Any) -> None:
+    one, two = prompts("a", "bcd")
+    at = writer(model, samples=8)
+    groups = at.write([one, two, one, one], 0)
+    assert len({g.tree.row for g in groups}) == 4 and {g.tree.prompt_ids.tobytes() for g in groups[2:]} == {
+        one.prompt_ids.tobytes()
+    }
+    assert ids(groups[:2]) == ids(writer(model, samples=8).write([one, two], 0))
+    longest = [{tuple(c) for c in ids(groups)[i] if len(c) > 2} for i in (0, 2, 3)]
+    assert all(longest) and len(set.union(*longest)) == sum(map(len, longest))
+    at.begin([one, two, one, one], 1)
+    assert ids(at.write([one, two, one, one], 1)) == ids(writer(model, samples=8).write([one, two, one, one], 1))
+    assert at.ahead is None  # it was taken
+
+
 @pytest.mark.parametrize(
     "option",
     [

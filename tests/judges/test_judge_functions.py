@@ -39,6 +39,9 @@ def single(prompts, a, b):
     return "a"
 def raises(prompts, a, b):
     raise ValueError("no\\x1b[2J")
+def leaves(prompt, a, b):
+    print("judging")
+    raise SystemExit(0)
 def two(prompt, answers):
     return "a"
 """
@@ -80,6 +83,7 @@ def test_what_it_may_return(file: str, name: str, values: list[float], graded: b
         ("short", RewardError, "returned 1 verdicts for 3 pairs"),
         ("single", RewardError, "returned str; return a list of verdicts"),
         ("raises", RewardError, r"ValueError: no\\x1b\[2J; fix the function; it gets lists"),
+        ("leaves", RewardError, "SystemExit: 0"),
         ("two", ConfigError, r"judge: .* does not take \(prompt, a, b\)"),
         ("missing", ConfigError, "has no function 'missing'"),
     ],

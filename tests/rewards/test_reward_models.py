@@ -114,6 +114,22 @@ def test_rollouts_get_the_score_of_the_reward_models_own_evaluation(trained: Any
     assert model.score_trees(trees) == pytest.approx(own, abs=1e-5)
 
 
+def test_a_reward_does_not_depend_on_what_is_scored_with_it(trained: Any) -> None:
+    """A prompt and completion that are too long are tokenized again, to be cut, and no others are."""
+    run = trained("plain").run
+    (one, two, *_), policy = as_rollouts(run, tiny_tokenizer())
+    folder = find_reward_model(str(run.folder))
+    assert folder is not None
+    model = load_reward_function("reward", folder, CPU, policy)
+    tokenizer = tiny_tokenizer()
+    (odd,) = [i for i in range(260) if tokenizer.convert_ids_to_tokens(i) == "\u00ff"]  # byte 255, in no text
+    assert tokenizer.decode([odd]) == "\ufffd"
+    one = replace(one, completion_ids=(np.array([odd, odd, 1], np.int32),), truncated=(False,))
+    too_long = replace(two, completion_ids=(np.repeat(two.completion_ids[0], 40),), truncated=(True,))
+    alone = model.score_trees([one])
+    assert model.score_trees([too_long, one]) == pytest.approx([*model.score_trees([too_long]), *alone], abs=1e-5)
+
+
 def test_an_encoder_judges_the_texts(trained: Any) -> None:
     run, own, _ = trained("encoder")
     trees, policy = as_rollouts(run, tiny_tokenizer(chat=True))

@@ -275,6 +275,8 @@ def test_a_persons_class_is_found_and_checked(tmp_path: Path) -> None:
         ("1/0", "error"),
         ("__import__('os')", "error"),
         ("9**9", "error"),
+        ("1/1e-309", "error"),
+        ("1/1e-309 - 1/1e-309", "error"),
     ],
 )
 def test_the_calculator(text: str, value: str) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from steps import small_loop
 
 from penchant.algorithms.offline import Component, Offline
 from penchant.base.machine import peak_memory
+from penchant.data.packing import pack
 from penchant.errors import TrainingStopped
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
@@ -27,6 +29,7 @@ from penchant.training.console import PlainConsole, QuietConsole, figures
 from penchant.training.loop import Interrupted, Loop
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig
+from penchant.types import FURTHER
 
 
 class Killed(BaseException):
@@ -220,6 +223,16 @@ def test_nan_takes_no_step_and_lists_the_rows(tmp_path: Path) -> None:
     assert torch.equal(before[key], after[key])
 
 
+def test_a_row_that_was_written_twice_is_listed_as_the_datas(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "run")
+    tree = loop.trees[1]
+    batch = pack([tree, replace(tree, row=tree.row + FURTHER)])
+    with pytest.raises(TrainingStopped):
+        loop._dump_and_stop(0, "the loss is NaN or infinite", [batch])
+    dumped = json.loads((tmp_path / "run/stopped-batch-step-0.json").read_text())
+    assert dumped["rows"] == [{"row": tree.row, "source": tree.source}] * 2
+
+
 def test_a_signal_writes_a_checkpoint_and_the_same_command_continues(
     tmp_path: Path, uninterrupted: Callable[[torch.dtype], tuple[dict[str, torch.Tensor], bytes]]
 ) -> None:
@@ -410,6 +423,13 @@ def test_the_best_step_is_that_of_the_best_value(tmp_path: Path, mode: Any, best
     loop.run()
     assert (loop.state.best_step, loop.state.best_value) == (best, values[best])
     assert {p.name for p in (tmp_path / "run/checkpoints").glob("step-*")} == {f"step-{best}", "step-6"}
+
+
+def test_a_held_out_figure_that_is_nan_is_not_the_best(tmp_path: Path) -> None:
+    loop = make_loop(tmp_path / "run")
+    loop.evaluate = lambda step: {"eval/loss": math.nan if step == 2 else float(step)}
+    loop.run()
+    assert (loop.state.best_step, loop.state.best_value) == (4, 4.0)
 
 
 def test_a_refused_step_changes_nothing_and_leaves_no_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ from penchant.distributed.world import current
 from penchant.errors import ConfigError, RewardError, RolloutError
 from penchant.losses.policy_gradient import importance_weights
 from penchant.rollout.options import RolloutConfig
-from penchant.types import Algorithm, PackedBatch, PromptTree, TokenTree
+from penchant.types import FURTHER, Algorithm, PackedBatch, PromptTree, TokenTree
 
 if TYPE_CHECKING:
     from penchant.logprobs import Scorer
@@ -390,7 +391,7 @@ class Writer:
         from penchant.rollout.engines import WeightsLost
         from penchant.training.loop import in_background
 
-        k = self.config.samples
+        prompts, k = told_apart(prompts), self.config.samples
         key = iteration, tuple(t.row for t in prompts), k
         if not self.rollout.elsewhere:  # the policy itself samples, and its weights are about to change
             samples = self._sample_share(prompts, iteration, k)
@@ -453,6 +454,7 @@ class Writer:
         """Each prompt with `samples` completions, their tokens' log-probs (R,) at sampling time, and the version of the weights."""
         from penchant.rollout.environment import masked
 
+        prompts = told_apart(prompts)
         rows, version = self._take_or_sample(prompts, iteration, samples)
         trees = []
         for prompt, row in zip(prompts, rows, strict=True):
@@ -461,6 +463,16 @@ class Writer:
             prompt_ids = np.array(row[0].prompt, np.int32) if row[0].prompt else prompt.prompt_ids
             trees.append(masked(TokenTree(prompt.row, prompt_ids, ids, truncated, prompt.source), row))
         return trees, [torch.tensor([p for s in row for p in s.own_logps]) for row in rows], version
+
+
+def told_apart(prompts: Sequence[TokenTree]) -> list[TokenTree]:
+    """The prompts, with a row number of its own for each further time that a row is among them, and so with its own draws."""
+    times: Counter[int] = Counter()
+    numbered = []
+    for prompt in prompts:
+        numbered.append(replace(prompt, row=prompt.row + times[prompt.row] * FURTHER) if times[prompt.row] else prompt)
+        times[prompt.row] += 1
+    return numbered
 
 
 @dataclass(slots=True)
@@ -671,8 +683,9 @@ def score_groups(
 
 
 def _spread(rewards: Tensor) -> Tensor:
-    """The standard deviation of the rewards that exist; NaN if there are fewer than two."""
-    return rewards.std() if len(rewards) > 1 else rewards.new_tensor(torch.nan)
+    """The standard deviation of the rewards that exist, exactly 0 if they are equal; NaN if there are fewer than two."""
+    known = rewards[~rewards.isnan()]
+    return (known - known[0]).std() if len(known) > 1 else rewards.new_tensor(torch.nan)
 
 
 def rollout_reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
@@ -684,11 +697,11 @@ def rollout_reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     finite = rewards[~rewards.isnan()]
     metrics = {"reward": float(finite.mean())}
     if is_group:
-        spreads = rewards.std(1) if not missing else torch.stack([_spread(g[~g.isnan()]) for g in rewards])
+        spreads = torch.stack([_spread(of_prompt) for of_prompt in rewards])
         metrics["reward/std"] = float(spreads.nanmean())
         metrics["frac_reward_zero_std"] = float((spreads.nan_to_num() == 0).double().mean())
     else:
-        metrics["reward/std"] = float(finite.std())
+        metrics["reward/std"] = float(_spread(finite))
     metrics |= {"reward/none": missing} if missing else {}
     metrics |= {
         "completions/length": float(np.mean(lengths)),
@@ -697,7 +710,7 @@ def rollout_reward_metrics(groups: Sequence[Group]) -> dict[str, float]:
     for name in sorted(groups[0].terms):  # in the order that a checkpoint restores
         values = torch.stack([g.terms[name] for g in groups])
         finite = values[~values.isnan()]
-        metrics |= {f"rewards/{name}/mean": float(finite.mean()), f"rewards/{name}/std": float(finite.std())}
+        metrics |= {f"rewards/{name}/mean": float(finite.mean()), f"rewards/{name}/std": float(_spread(values))}
         if len(finite) < values.numel():
             metrics[f"rewards/{name}/none"] = 1.0 - len(finite) / values.numel()
     metrics |= dict(sorted(groups[0].logged.items()))

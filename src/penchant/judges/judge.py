@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from penchant.base.functions import is_own, own_sha256, python_function
+from penchant.base.functions import guarded, is_own, own_sha256, python_function
 from penchant.base.text import counted, shown
 from penchant.errors import ConfigError, RewardError
 
@@ -198,8 +198,8 @@ class FunctionJudge:
 
     def _call(self, arguments: tuple[Any, ...], where: str, parameters: str) -> Any:
         try:
-            return self.function(*arguments)
-        except Exception as error:
+            return guarded(lambda: self.function(*arguments), None)
+        except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {shown(str(error))}{where}"
             raise RewardError(f"judge {self.name}", what, f"fix the function; it gets {parameters}") from error
 

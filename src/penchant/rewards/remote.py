@@ -50,7 +50,8 @@ How good is the answer? Reply with the number and nothing else.
 DEFAULT_RUBRIC = "Good is what helps the person who wrote the prompt: helpful, correct, clear, and free of harm."
 HIGHEST = 10.0
 _GRADE = re.compile(
-    r"\W*(?:(?:the |my )?(?:final |overall )?(?:grade|score|rating)\W+(?:is\W+)?)?(\d+(?:\.\d+)?)(?:\s*/\s*10)?\W*",
+    r"\W*(?:(?:the |my )?(?:final |overall )?(?:grade|score|rating)\W+(?:is\W+)?)?"
+    r"(?<![-\u2212])(\d+(?:\.\d+)?)(?!\s*%)(?:\s*/\s*10)?\W*",
     re.I,
 )
 

@@ -234,9 +234,19 @@ class RewardModel:
 
     def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
         """The reward of each completion of rollouts, tree by tree; one that did not end by itself is scored without EOS."""
-        longest = max((len(t.prompt_ids) + max(map(len, t.completion_ids)) for t in trees), default=0)
-        if self._same_format and longest <= self.max_length:
-            return rewards_of(self.scorer, trees)
+        direct = [  # tree by tree: a reward must not depend on what else is scored
+            self._same_format and len(t.prompt_ids) + max(map(len, t.completion_ids)) <= self.max_length for t in trees
+        ]
+        of_ids = iter(rewards_of(self.scorer, [t for t, fits in zip(trees, direct, strict=True) if fits]))
+        of_texts = iter(self._rewards_of_texts([t for t, fits in zip(trees, direct, strict=True) if not fits]))
+        return [
+            next(of_ids if fits else of_texts) for t, fits in zip(trees, direct, strict=True) for _ in t.completion_ids
+        ]
+
+    def _rewards_of_texts(self, trees: Sequence[TokenTree]) -> list[float]:
+        """The rewards of rollouts whose prompts and completions are tokenized again."""
+        if not trees:
+            return []
         assert self.policy is not None
         decode = self.policy.tokenizer.decode
         pairs, unfinished = [], []
@@ -291,6 +301,8 @@ def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
 
 def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
     """The reward of every completion, tree by tree, without gradient."""
+    if not trees:
+        return []
     device = place_of(scorer.model)
     rewards: list[list[float]] = [[] for _ in trees]
     training = scorer.model.training

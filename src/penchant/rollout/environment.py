@@ -82,9 +82,9 @@ def calculated(text: str) -> str:
 
     try:
         result = value(ast.parse(text.strip()[:200], mode="eval").body)
-    except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
+        return str(int(result)) if result == int(result) else f"{result:.6g}"
+    except (ValueError, SyntaxError, ArithmeticError, RecursionError, MemoryError):  # int: infinite or NaN
         return "error"
-    return str(int(result)) if result == int(result) else f"{result:.6g}"
 
 
 ENVIRONMENTS: Mapping[str, Callable[[], Any]] = {"calculator": Calculator}

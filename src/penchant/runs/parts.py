@@ -588,6 +588,7 @@ def frozen_scorer(parts: Parts, shared: Uncached, *, start: bool = False) -> Sco
     else:
         # same kernels as the policy: with an adapter that has no fast path, and log-probs at the start would differ
         scorer = parts.scorer.on(model)
+    scorer.temperature = parts.scorer.temperature  # once an online method has set it
     if not current().many:
         return scorer if place == parts.device else cast(Scorer, Elsewhere(scorer, place))
     base_model_of(model).config.dtype = parts.dtype

@@ -41,7 +41,7 @@ from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 from penchant.training.steps import BatchSchedule, Share, Summed, Totals, on_host, reduced, repeatable
-from penchant.types import Algorithm, LossOutput, PackedBatch, Scored, TokenTree
+from penchant.types import FURTHER, Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
 T = TypeVar("T")
@@ -290,12 +290,14 @@ class Loop:
 
     def _empty_step(self, step: int, schedule: BatchSchedule) -> Metrics:
         """The metrics line of a step with nothing to learn from (every group's rewards are equal); the weights stay unchanged."""
-        return {
+        line = {
             **_line_header("train", step + 1, schedule),
             **self.algorithm.step_values(),
             "skipped": "nothing to learn from in this step",
             "tokens": self.state.tokens,
         }
+        self.algorithm.end_step(step + 1, {})
+        return line
 
     def _step_rows(
         self, step: int, schedule: BatchSchedule
@@ -505,7 +507,9 @@ class Loop:
         how: str = "lower train.lr, set train.max_grad_norm, or look at those rows",
     ) -> NoReturn:
         path = self.folder / f"stopped-batch-step-{step}.json"
-        rows = [r for part in self.world.gather([r for b in batches if not b.idle for r in b.rows]) for r in part]
+        rows = [
+            r for part in self.world.gather([r % FURTHER for b in batches if not b.idle for r in b.rows]) for r in part
+        ]
         sources = {t.row: t.source for t in self.trees if t.row in set(rows)}
         if self.world.leads:
             with optional_write(path, self.console.note):
@@ -530,7 +534,7 @@ class Loop:
         self.console.evaluated(self.state.step, line)
         self.state.last_eval = line
         value = values.get(self.checkpoint.metric)
-        if value is None or self.state.step == 0:
+        if value is None or math.isnan(value) or self.state.step == 0:
             return
         best = self.state.best_value
         is_better = best is None or (value < best if self.checkpoint.mode == "min" else value > best)
