@@ -226,6 +226,21 @@ def test_a_value_that_cannot_be_understood_is_refused_by_its_key(
         import_config(path, source, "dpo")
 
 
+def test_words_for_true_and_false_mean_what_their_tool_reads(tmp_path: Path) -> None:
+    """Their loaders read YAML 1.1, where no and off are false; a quoted word stays a text."""
+    path = tmp_path / "theirs.yaml"
+    off = "use_peft: no\nload_in_4bit: off\nfp16: No\nsync_ref_model: no\nbf16: off\n"
+    path.write_text(f"model_name_or_path: a/b\ndataset_name: c/d\n{off}run_name: 'no'\noutput_dir: out\n")
+    made = import_config(path, "trl", "dpo")
+    (tmp_path / "ours.yaml").write_text(made.yaml)
+    config = load_config(tmp_path / "ours.yaml")
+    assert config.lora is None and config.model.quantize == "none" and config.reference.sync_every is None
+    assert config.model.dtype == "fp32" and config.logging.name == "no" and not made.unsupported
+    path.write_text("model_name_or_path: a/b\ndataset_name: c/d\nuse_peft: yes\nbf16: on\noutput_dir: out\n")
+    made = import_config(path, "trl", "dpo")
+    assert "lora:" in made.yaml and "dtype: bf16" in made.yaml
+
+
 def test_a_key_that_nobody_knows_is_reported(tmp_path: Path) -> None:
     made, _ = _import(tmp_path, "trl_dpo", betta=3)
     assert made.unsupported == 1

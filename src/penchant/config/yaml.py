@@ -86,13 +86,19 @@ def _compose(text: str) -> tuple[Any, yaml.Node | None]:
         return yaml_root(text, _Loader)
 
 
-def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
-    """The value of a YAML text, and the place of each of its keys."""
+def parse_yaml(text: str, source: str, *, yaml_1_1: bool = False) -> tuple[Any, Places]:
+    """The value of a YAML text, and the place of each of its keys.
+
+    Args:
+        yaml_1_1: values that are plain yes, no, on or off are booleans.
+    """
     try:
         loader, node = _compose(text)
         places: Places = {}
         if node is None:
             return None, places
+        if yaml_1_1:
+            _read_words_as_booleans(node)
         _collect_places(node, source, (), places)
         return loader.construct_document(node), places
     except (yaml.YAMLError, ValueError) as error:
@@ -101,6 +107,15 @@ def parse_yaml(text: str, source: str) -> tuple[Any, Places]:
         what = one_line(str(getattr(error, "problem", None) or error), 200)
         how = getattr(error, "note", None) or "check indentation and colons"
         raise ConfigError(where, f"not valid YAML ({what})", how) from error
+
+
+def _read_words_as_booleans(node: yaml.Node) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        is_plain = node.tag == TAG + "str" and not node.style
+        node.tag = TAG + "bool" if is_plain and node.value.lower() in yaml.SafeLoader.bool_values else node.tag
+    elif isinstance(node, yaml.CollectionNode):
+        for item in node.value:
+            _read_words_as_booleans(item[1] if isinstance(item, tuple) else item)
 
 
 def _collect_places(node: yaml.Node, source: str, prefix: tuple[str, ...], places: Places) -> None:
@@ -195,7 +210,8 @@ def read_mapping(path: str | Path, kind: str) -> tuple[dict[str, Any], Places]:
     if path.suffix == ".py":
         how = "write the arguments that it sets, such as those of DPOConfig, into a YAML file"
         raise ConfigError(str(path), "is a Python script, and a config (YAML) is expected here", how)
-    values, places = parse_yaml(text, str(path))
+    # other tools read YAML 1.1
+    values, places = parse_yaml(text, str(path), yaml_1_1=kind == "foreign")
     if not isinstance(values, dict):
         what = "is empty" if values is None else f"holds a {type(values).__name__} at the top"
         raise ConfigError(str(path), what, KINDS[kind].shape)
