@@ -114,7 +114,9 @@ class DataConfig(Section):
         None,
         description="the folder that holds the rows' pictures, and that relative paths start from; default: that of the data file",
     )
-    limit: int | None = Field(None, ge=1, le=10**9, description="read only the first n rows")
+    limit: int | None = Field(
+        None, ge=1, le=10**9, description="read only the first n rows of path, and of eval_path if there is one"
+    )
     bounds: Bounds = Field(Bounds(), description="how large one row may be, so that no file fills the memory")
     workers: int | None = Field(
         None,
