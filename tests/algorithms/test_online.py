@@ -663,3 +663,17 @@ def test_a_single_reward_has_no_spread_and_no_warning(rewards: list[list[float]]
     found = rollout_reward_metrics([group])
     assert "reward/std" not in found and "rewards/mine/std" not in found
     assert found.get("reward", 2.0) == found.get("rewards/mine/mean", 2.0) == 2.0
+
+
+def test_a_prompt_that_is_not_trained_on_is_not_normalized_over() -> None:
+    """With a baseline of the group, a prompt with one reward teaches nothing."""
+
+    def advantages(*rewards: list[float]) -> torch.Tensor:
+        of = [Group(make_tree(i, 2, (2, 3, 2)), torch.tensor(r, dtype=torch.float64)) for i, r in enumerate(rewards)]
+        algorithm = made(tiny_model("llama"), of, name="reinforce_pp", group_baseline=True, beta=0.0)
+        algorithm.begin_step(0, 0.0, [])
+        return torch.cat([g.extras["advantages"] for g in algorithm.groups[:2]])
+
+    none = float("nan")
+    taught = [1.0, 2.0, 4.0], [0.0, 1.0, 5.0]
+    assert torch.allclose(advantages(*taught, [1.0, none, none]), advantages(*taught), rtol=1e-12)

@@ -265,12 +265,12 @@ class GroupPolicyGradient(OnPolicy):
             token_rewards.append(per_token)
         sizes = [len(p) for p in token_rewards]
         advantages = torch.cat(token_rewards)
-        in_update = torch.ones_like(advantages, dtype=torch.bool)
-        if keep is not None:
-            in_update = (
-                torch.cat([k.repeat_interleave(torch.tensor(_lengths(g))) for k, g in zip(keep, groups, strict=True)])
-                > 0
-            )
+        kept = keep or [torch.ones(len(_lengths(g))) for g in groups]
+        by_group = [
+            (k * self.teaches(g)).repeat_interleave(torch.tensor(_lengths(g)))
+            for k, g in zip(kept, groups, strict=True)
+        ]
+        in_update = torch.cat(by_group) > 0
         if bool(in_update.any()):
             advantages[in_update] = whiten(advantages[in_update])
         for g, part in zip(groups, advantages.split(sizes), strict=True):
