@@ -181,6 +181,24 @@ def test_calls_behind_each_other_are_calls_at_once() -> None:
     assert [c["function"]["name"] for c in json.loads(tree.prompt[1].tool_calls)] == ["a", "b"]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("turns", ["all", "every"])
+def test_weights_stay_with_their_turns_where_calls_are_at_once(turns: str) -> None:
+    call = {"from": "function_call", "value": json.dumps({"name": "a", "arguments": {}})}
+    talk = [
+        {"from": "human", "value": "Hi."},
+        {"from": "gpt", "value": "Not learned.", "weight": 0},
+        {"from": "human", "value": "Go."},
+        call,
+        call,
+        {"from": "observation", "value": "1"},
+        {"from": "gpt", "value": "Done."},
+    ]
+    trees = from_rows([{"conversations": talk}], layout_options={"turns": turns}).trees
+    learned = [c for t in trees for a in t.completions for c in (a, *(m for m in a.more if m.trained))]
+    assert len(learned) == 2 and learned[0].tool_calls
+    assert "Not learned." not in [c.text for t in trees for c in t.completions]
+
+
 def test_a_template_that_takes_arguments_as_text_gets_text() -> None:
     (tree,) = _made(AS_TEXT, {"messages": TALK[:2], "tools": TOOLS}).trees
     assert (

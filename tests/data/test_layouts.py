@@ -191,6 +191,13 @@ def test_message_trees_give_pairs_scores_or_answers(use: str, kind: str, wanted:
     assert LAYOUTS["oasst"].kind_of({"use": use}) == kind
 
 
+def test_two_answers_behind_each_other_are_not_joined() -> None:
+    """The second would otherwise go on with the first, without even a space between them."""
+    start = "\n\nHuman: Hi.\n\nAssistant: Hello.\n\nAssistant:"
+    with pytest.raises(DataError, match="ends with two assistant turns"):
+        from_rows([{"chosen": f"{start} Yes?", "rejected": f"{start} What?"}])
+
+
 def test_an_orca_tie_can_be_kept() -> None:
     assert len(trees("orca_pairs", 2, ties="keep")) == 1
 

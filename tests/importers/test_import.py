@@ -88,7 +88,7 @@ FIXTURES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     ),
     "trl_gkd": (
         "trl", "auto", {**MODEL, "teacher_model_name_or_path": "owner/large", "lmbda": 0.7, "beta": 1.0},
-        {"algorithm.name": "gkd", "reference.path": "owner/large", "algorithm.lambda": 0.7, "algorithm.divergence": "reverse_kl", "algorithm.temperature": 0.9},
+        {"algorithm.name": "gkd", "train.lr": 2e-5, "reference.path": "owner/large", "algorithm.lambda": 0.7, "algorithm.divergence": "reverse_kl", "algorithm.temperature": 0.9},
     ),
     "trl_dft": ("trl", "sft", {**MODEL, "loss_type": "dft"}, {"loss.name": "dft"}),
     "trl_rloo": (
@@ -263,6 +263,43 @@ def test_defaults_that_differ_are_written_with_a_comment(tmp_path: Path) -> None
 def test_the_devices_of_their_run_count(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(FIXTURES["trl_dpo"][2]))
     assert "batch_size: 48" in import_config(tmp_path / "t.yaml", method="dpo", devices=4).yaml
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump({**FIXTURES["trl_dpo"][2], "num_processes": 4}))
+    made = import_config(tmp_path / "t.yaml", method="dpo")
+    assert "batch_size: 48" in made.yaml and not made.unsupported
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "wanted"),
+    [
+        # two generations of 32 completions make one optimizer step of 64
+        ("trl_grpo", {"gradient_accumulation_steps": 8, "steps_per_generation": None, "generation_batch_size": 32},
+         {"train.batch_size": 16, "algorithm.minibatches": 1}),
+        ("trl_grpo", {"beta": 0.04}, {"algorithm.kl_estimator": "unbiased"}),
+        ("trl_grpo", {"beta": 0.04, "use_bias_correction_kl": False}, {"algorithm.kl_estimator": "k3"}),
+        ("trl_sft", {"shuffle_dataset": False}, {"train.shuffle": True}),
+        ("trl_ppo", {"total_episodes": None, "max_steps": 7}, {"train.max_steps": None, "train.epochs": 3.0}),
+        ("lf_sft", {"optim": "adafactor", "use_muon": False}, {"train.optimizer": "adafactor"}),
+        ("lf_ppo", {"max_steps": 10, "ppo_buffer_size": 2, "ppo_epochs": 3}, {"train.max_steps": 60}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_keys_that_depend_on_others(tmp_path: Path, name: str, more: dict[str, Any], wanted: dict[str, Any]) -> None:
+    _, config = _import(tmp_path, name, **more)
+    assert {key: _at(config, key) for key in wanted} == wanted
+
+
+def test_generations_that_no_number_of_steps_fits_are_reported(tmp_path: Path) -> None:
+    made, _ = _import(tmp_path, "trl_grpo", steps_per_generation=3)
+    assert "fix steps_per_generation" in made.text and made.unsupported
+
+
+def test_a_mixture_of_trl_drops_no_word(tmp_path: Path) -> None:
+    values = {k: v for k, v in FIXTURES["trl_sft"][2].items() if k != "dataset_name"}
+    parts = [{"path": "me/all"}, {"path": "me/some", "fraction": 0.1}, {"path": "me/folder", "data_dir": "sub"}]
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump({**values, "datasets": parts}))
+    made = import_config(tmp_path / "theirs.yaml", "trl", "sft")
+    (line,) = (x for x in made.translation.lines if x.status == "unsupported" and x.theirs[0][0] == "datasets")
+    assert line.theirs[0][1] == parts[1:] and "path: me/all:train" in made.yaml.replace("'", "")
 
 
 def test_names_in_dataset_info_are_looked_up(tmp_path: Path) -> None:
@@ -358,6 +395,21 @@ def test_turns_of_conversations_are_learned_as_theirs(tmp_path: Path) -> None:
         assert config.data.layout_options == options and config.data.path == ["data/chats.jsonl", "data/more.jsonl"]
     _, config = _import(tmp_path, "lf_dpo", dataset="chats")
     assert config.data.layout_options == {}
+
+
+def test_answers_of_a_history_that_they_learn_are_reported(tmp_path: Path) -> None:
+    _described(tmp_path, mine={"file_name": "mine.jsonl", "columns": {"history": "before"}})
+    for name, more, is_reported in (
+        ("lf_sft", {}, True),
+        ("lf_sft", {"mask_history": True}, False),
+        ("lf_dpo", {}, False),
+    ):
+        made, _ = _import(tmp_path, name, **more)
+        assert ("mine.columns.history" in made.yaml) is is_reported
+
+
+def test_several_sets_have_their_own_settings(tmp_path: Path) -> None:
+    _described(tmp_path, chats=CHATS, mine={"file_name": "mine.jsonl"})
     _, config = _import(tmp_path, "lf_sft", dataset="chats,mine")  # each set has its own settings
     assert [s.reading() for s in config.data.sources] == [{"shape": "sharegpt", "layout_options": {"turns": "all"}}, {}]
 

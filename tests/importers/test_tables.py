@@ -13,7 +13,7 @@ from penchant.importers.rules import CONVERSIONS
 
 TABLES = ["hf", "trl", "llama_factory", "axolotl", "ms_swift", "flat"]
 KINDS = {
-    "translated": {"to", "as", "values", "otherwise", "note"},
+    "translated": {"to", "as", "values", "otherwise", "note", "idle"},
     "ignored": {"why", "when", "otherwise"},
     "unsupported": {"how", "idle"},
 }

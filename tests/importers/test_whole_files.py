@@ -194,6 +194,40 @@ def test_rows_of_a_pair_are_a_conversation_and_what_was_worse(place: Path) -> No
         assert tree.completions[1].text == "no"
 
 
+def test_defaults_of_ms_swift_that_its_trainers_change(place: Path) -> None:
+    common = {"model": "m", "use_hf": True, "dataset": "data/prompts.jsonl", "max_length": 64, "output_dir": "o"}
+    for method, more, wanted in (
+        ("grpo", {"reward_funcs": ["accuracy"], "per_device_train_batch_size": 8, "global_world_size": 2},
+         {"algorithm.top_p": 0.9, "algorithm.top_k": 50, "train.batch_size": 2}),
+        ("gkd", {"teacher_model": "t"}, {"algorithm.top_p": 0.9, "algorithm.top_k": 50, "train.batch_size": 16}),
+        ("ppo", {"reward_model": "r", "per_device_train_batch_size": 2}, {"algorithm.top_k": 0, "train.batch_size": 16}),
+    ):  # fmt: skip
+        (place / "theirs.yaml").write_text(yaml.safe_dump({**common, "rlhf_type": method, **more}))
+        made = import_config(place / "theirs.yaml")
+        (place / "ours.yaml").write_text(made.yaml)
+        found: Any = load_config(place / "ours.yaml").model_dump(mode="json")
+        for key, value in wanted.items():
+            section, name = key.split(".")
+            assert found[section][name] == value, (method, key)
+
+
+def test_zeros_of_axolotl_and_a_switch_that_is_off(place: Path) -> None:
+    """Axolotl reads a warm-up of 0 as none given; a switch that is off leaves a setting to the other key."""
+    theirs = {"base_model": "models/tiny", "datasets": [{"path": "data/instructions.jsonl", "type": "alpaca"}]}
+    more = {
+        "micro_batch_size": 1,
+        "warmup_steps": 0,
+        "gradient_checkpointing": True,
+        "activation_offloading": False,
+        "learning_rate": 1e-5,
+    }
+    (place / "theirs.yaml").write_text(yaml.safe_dump({**theirs, **more, "output_dir": "o"}, sort_keys=False))
+    made = import_config(place / "theirs.yaml")
+    (place / "ours.yaml").write_text(made.yaml)
+    train = load_config(place / "ours.yaml").train
+    assert (train.warmup_fraction, train.gradient_checkpointing) == (0.03, True)
+
+
 def _swift(folder: Path, **values: Any) -> Any:
     (folder / "theirs.yaml").write_text(yaml.safe_dump({"model": "m", "use_hf": True, "max_length": 64} | values))
     made = import_config(folder / "theirs.yaml")

@@ -26,7 +26,11 @@ def total_batch(config: ToolConfig) -> Iterator[Line]:
 
 def lr_schedule(config: ToolConfig) -> Iterator[Line]:
     """The learning rate schedule, and cosine_min_lr_ratio."""
-    yield from hf.schedule(config)
+    unset = [k for k in ("warmup_steps", "warmup_ratio") if config.sets(k) and config[k] == 0]
+    values = {k: v for k, v in config.values.items() if k not in unset}
+    yield from hf.schedule(ToolConfig(values, config.defaults, config.devices, config.folder))
+    for key in unset:
+        yield config.line([key], "same", note="0 is as if it were not set there")
     if config.sets("cosine_min_lr_ratio"):
         ours = {"train.min_lr_fraction": number(config["cosine_min_lr_ratio"])}
         cosine = config["lr_scheduler_type"] == "cosine"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,10 @@ def _resolve_datasets(
             raise ConfigError(where, f"there is no {name!r}", f"there are {', '.join(sorted(map(str, info)))[:200]}")
         entries.append(entry)
         yield from _unread_fields(name, entry)
+        history = _column_names(entry).get("history")
+        if history and str(config["stage"] or "sft") == "sft" and not config["mask_history"]:
+            how = "its answers are learned there and only read here: write the rows as conversations"
+            yield Line(((f"{name}.columns.history", history),), "unsupported", (), how)
     paths = [_locate(entry, folder) for entry in entries]
     settings: dict[str, Any] = {our_key: paths if len(paths) > 1 else paths[0]}
     row_options = [_row_options(entry, config) for entry in entries]
@@ -218,9 +223,17 @@ def preference(config: ToolConfig) -> Iterator[Line]:
                 yield config.line([key], "unsupported", note="choose one loss that has it: `penchant losses`")
 
 
+def ppo_length(config: ToolConfig) -> Iterator[Line]:
+    """PPO's length: max_steps counts batches of rollouts, each with several optimizer steps."""
+    updates = integer(config["ppo_epochs"]) * integer(config["ppo_buffer_size"])
+    for line in hf.length(config):
+        ours = {k: v * updates if k == "train.max_steps" else v for k, v in line.ours}
+        yield replace(line, ours=tuple(ours.items()))
+
+
 # a file without a stage is for sft
 SOURCE = source(
     "llama-factory",
-    (*hf.DERIVATIONS, lora, data, preference),
+    (*hf.DERIVATIONS, lora, data, preference, ppo_length),
     lambda values, name: str(values.get("stage", "sft")),
 )

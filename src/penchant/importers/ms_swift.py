@@ -14,15 +14,25 @@ from penchant.importers.rules import OFF, Line, ToolConfig, flag, integer, layer
 TABLE = table("ms_swift")
 
 
+def _accumulation(config: ToolConfig) -> int:
+    """Passes of one optimizer step: if they are not set, as many as 16 rows need."""
+    rows = integer(config["per_device_train_batch_size"]) * config.devices
+    return integer(config["gradient_accumulation_steps"] or math.ceil(16 / rows))
+
+
 def train_batch(config: ToolConfig) -> Iterator[Line]:
-    """Rows of one optimizer step. Without gradient accumulation, ms-swift accumulates to at least 16."""
-    devices = max(config.devices, integer(config["global_world_size"] or 1))
-    rows = integer(config["per_device_train_batch_size"]) * devices
-    accumulation = integer(config["gradient_accumulation_steps"] or math.ceil(16 / rows))
+    """Rows of one optimizer step."""
+    rows, accumulation = integer(config["per_device_train_batch_size"]), _accumulation(config)
     reason = "" if config["gradient_accumulation_steps"] else "; without an accumulation, at least 16"
     keys = [k for k in TABLE["derived"]["train_batch"] if config.sets(k)] or ["per_device_train_batch_size"]
-    note = f"{rows // devices} x {accumulation} x {devices} device(s){reason}; memory is train.tokens_per_step here"
-    yield config.line(keys, "translated", {"train.batch_size": rows * accumulation}, note)
+    note = f"{rows} x {accumulation} x {config.devices} device(s){reason}; memory is train.tokens_per_step here"
+    yield config.line(keys, "translated", {"train.batch_size": rows * accumulation * config.devices}, note)
+
+
+def ppo_batch(config: ToolConfig) -> Iterator[Line]:
+    """PPO's batch, with the accumulation of `train_batch`."""
+    defaults = {**config.defaults, "gradient_accumulation_steps": _accumulation(config)}
+    yield from hf.ppo_batch(ToolConfig(config.values, defaults, config.devices, config.folder))
 
 
 def learning_rate(config: ToolConfig) -> Iterator[Line]:
@@ -253,5 +263,5 @@ def guess(values: Mapping[str, Any], name: str) -> str:
     return str(values.get("rlhf_type") or "sft")
 
 
-OWN = (train_batch, learning_rate, dtype, tuner, datasets, loss_scale, truncation, advantage_estimator)
+OWN = (train_batch, ppo_batch, learning_rate, dtype, tuner, datasets, loss_scale, truncation, advantage_estimator)
 SOURCE = source("ms-swift", (*hf.DERIVATIONS, *trl.DERIVATIONS, *OWN), guess)

@@ -3,14 +3,14 @@
 A table may hold, each optional:
   defaults     the tool's defaults that affect the meaning of a run; null removes one
   translated   key: {to: our key, as: how to read its value (`CONVERSIONS`), values: {theirs: ours}, note: ...}; with `otherwise`, a
-               value that is not in `values` is unsupported, and `otherwise` says what to do
+               value that is not in `values` is unsupported, and `otherwise` says what to do; values in `idle` leave our key to others
   ignored      key: why no key is needed; or {why, when: values for which that holds, otherwise: what to do about other values}
   unsupported  key: what to do instead; or {how: the same, idle: values that change nothing, besides none and false}
 Keys with the same rule may share an entry, separated by commas. `vllm_*` matches every key with that prefix and no rule of its own.
 A tool's table also holds its `methods`, and `groups` of keys that methods share (`like`), as tables of the same form, and under
 `derived` the keys that each function combines. A tool that wraps another one maps its keys to the other's names: `names` (theirs: the
 other's) and `inner` (sections whose keys already have the other's names). It `shares` whole tables and `borrows` groups and functions.
-`sections` lists mappings whose keys are translated one by one.
+`sections` lists mappings whose keys are translated one by one. `devices` is the key with the number of processes of a run.
 """
 
 from __future__ import annotations
@@ -159,6 +159,8 @@ def _translated(rule: Mapping[str, Any], key: str, config: ToolConfig) -> Line:
     values, otherwise = rule.get("values", {}), rule.get("otherwise")
     try:
         value = CONVERSIONS[rule.get("as", "as it is")](config[key])
+        if value in rule.get("idle", ()):
+            return config.line([key], "same", note="off, as here")
         known = isinstance(value, Hashable) and value in values
         if otherwise and not known:
             raise Untranslatable(f"{value!r} has no counterpart; {otherwise}")
@@ -215,7 +217,7 @@ class Source:
     Args:
         marks: keys that only this tool's files have; guess: returns the method that a file is for, or None.
         names: ``{its key: name in the rules}``; sections: mappings whose keys are translated one by one.
-        inner: sections whose keys already have the rules' names.
+        inner: sections whose keys already have the rules' names; devices: the key with the number of processes.
     """
 
     name: str
@@ -227,6 +229,7 @@ class Source:
     names: dict[str, str] = field(default_factory=dict)
     sections: frozenset[str] = frozenset()
     inner: frozenset[str] = frozenset()
+    devices: str = ""
 
     def read(self, values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str], list[Line]]:
         """(values by the rules' key names, the file's name of each, lines about keys that have no effect).
@@ -303,7 +306,8 @@ def source(name: str, derivations: Iterable[Derive], guess: Guess) -> Source:
 
     rules = {key: rule for part in tables for key, rule in rules_of(part).items()}
     methods = {key: build_method(spec) for key, spec in tool["methods"].items()}
-    tool_options = (tool.get("names", {}), frozenset(tool.get("sections", ())), frozenset(tool.get("inner", ())))
+    sections = (frozenset(tool.get(part, ())) for part in ("sections", "inner"))
+    tool_options = (tool.get("names", {}), *sections, tool.get("devices", ""))
     return Source(name, tool["title"], methods, rules, frozenset(tool["marks"]), guess, *tool_options)
 
 
@@ -349,6 +353,8 @@ def translate(
     renamed_values, original_names, unset_lines = source.read(values)
     config = ToolConfig(renamed_values, method.defaults, devices, folder)
     try:
+        if source.devices:
+            config.devices = max(devices, integer(config[source.devices] or 1))
         lines = _lines(renamed_values, original_names, source, method, config)
     except (ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError) as error:
         reason = (

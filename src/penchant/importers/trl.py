@@ -75,7 +75,9 @@ def _mixture(config: ToolConfig) -> Iterator[Line]:
     paths, unsupported = [], []
     for part in config["datasets"] if isinstance(config["datasets"], list) else []:
         files = part.get("data_files") if isinstance(part, Mapping) else None
-        if isinstance(files, (str, list)) and str(part.get("path")) in ("json", "csv", "parquet", "text"):
+        if isinstance(part, Mapping) and (part.get("fraction") is not None or part.get("data_dir")):
+            unsupported.append(part)
+        elif isinstance(files, (str, list)) and str(part.get("path")) in ("json", "csv", "parquet", "text"):
             paths += [files] if isinstance(files, str) else [str(f) for f in files]
         elif isinstance(part, Mapping) and part.get("path") and not part.get("name") and not files:
             paths.append(f"{part['path']}:{part.get('split', 'train')}")
@@ -84,7 +86,7 @@ def _mixture(config: ToolConfig) -> Iterator[Line]:
     if paths:
         yield config.line(["datasets"], "translated", {"data.path": paths if len(paths) > 1 else paths[0]})
     if unsupported or not paths:
-        note = f"{len(unsupported)} of them has a configuration or files of its own kind: save it as a file and add it to data.path"
+        note = f"{len(unsupported)} of them has a configuration, a fraction or files of its own kind: save it as a file and add it to data.path"
         yield Line((("datasets", unsupported),), "unsupported", (), note)
 
 
@@ -257,14 +259,19 @@ def groups(config: ToolConfig) -> Iterator[Line]:
         )
         accumulation = integer(config["gradient_accumulation_steps"])
         rounds = integer(config["steps_per_generation"] or accumulation)
-        completions = integer(config["generation_batch_size"] or micro_batch_size * rounds)
+        of_step = micro_batch_size * accumulation
+        generated = integer(config["generation_batch_size"] or micro_batch_size * rounds)
+        completions = max(generated, of_step)  # a step may take several generations, all of the same policy
         if completions % group_size:
             problem = f"{completions} completions cannot be shared among groups of {group_size}"
             raise Untranslatable(f"{problem}: fix per_device_train_batch_size")
+        if completions % generated or completions % of_step:
+            problem = f"steps of {of_step} completions do not fit generations of {generated}"
+            raise Untranslatable(f"{problem}: fix steps_per_generation")
     except Untranslatable as error:
         yield config.line(keys, "unsupported", note=str(error))
         return
-    prompts, steps = completions // group_size, max(1, completions // (micro_batch_size * accumulation))
+    prompts, steps = completions // group_size, completions // of_step
     ours = {"algorithm.samples": group_size, "train.batch_size": prompts, "algorithm.minibatches": steps}
     note = f"their batch counts completions: {prompts} prompt(s) of {group_size} each; {config.devices} device(s)"
     yield config.line(sorted(k for k in keys if config[k] is not None), "translated", ours, note)
@@ -304,9 +311,11 @@ def _function_path(import_path: str) -> str:
 
 
 def ppo_length(config: ToolConfig) -> Iterator[Line]:
-    """PPO's length: total_episodes counts prompts with one completion each."""
+    """PPO's length: total_episodes counts prompts with one completion each; max_steps has no effect."""
+    if config.sets("max_steps"):
+        yield config.line(["max_steps"], "same", note="without effect there: episodes or epochs decide")
     if config["total_episodes"] is None:
-        yield from hf.length(config)
+        yield config.line(["num_train_epochs"], "translated", {"train.epochs": number(config["num_train_epochs"])})
         return
     minibatches, device_rows = integer(config["num_mini_batches"]), integer(config["per_device_train_batch_size"])
     rows = device_rows * integer(config["gradient_accumulation_steps"]) * minibatches * config.devices

@@ -80,10 +80,10 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     if not _is_list(value):
         raise RowError(f'"{name}" is not a list of messages', 'write [{"role": "user", "content": "..."}, ...]')
     turns = [as_message(turn, f'"{name}"[{i}]') for i, turn in enumerate(value)]
-    is_call = [isinstance(turn, Mapping) and turn.get("role", turn.get("from")) in CALLERS for turn in value]
+    repeated = _repeated_calls(value)
     merged: list[Message] = []
     for i, turn in enumerate(turns):
-        if is_call[i] and i and is_call[i - 1]:  # such files list parallel calls as consecutive turns
+        if i in repeated:
             both_calls = json.loads(merged[-1].tool_calls) + json.loads(turn.tool_calls)
             merged[-1] = replace(merged[-1], tool_calls=as_json(both_calls))
         else:
@@ -91,6 +91,18 @@ def messages(row: Mapping[str, Any], name: str) -> tuple[Message, ...]:
         if turn.role == "tool" and (not i or turns[i - 1].role not in ("assistant", "tool")):
             raise RowError(f'"{name}"[{i}] is a tool turn that follows no assistant turn', "let it follow the call")
     return tuple(merged)
+
+
+def _repeated_calls(turns: Sequence[Any]) -> set[int]:
+    """The turns that call after a call: such files list parallel calls as consecutive turns."""
+    is_call = [isinstance(t, Mapping) and t.get("role", t.get("from")) in CALLERS for t in turns]
+    return {i for i in range(1, len(turns)) if is_call[i - 1] and is_call[i]}
+
+
+def raw_turns(row: Mapping[str, Any], name: str) -> list[Any]:
+    """The file's turn of each message of `messages`: the first one of parallel calls."""
+    repeated = _repeated_calls(row[name])
+    return [turn for i, turn in enumerate(row[name]) if i not in repeated]
 
 
 RATING_COLUMNS = (

@@ -34,6 +34,7 @@ def _transcript(text: str, name: str) -> tuple[tuple[Message, ...], str]:
         for speaker, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
     before, answer = fields.split_last_answer(tuple(turns), name)
+    fields.reject_consecutive_answers(before, name)
     if not answer.content:
         raise RowError(f'"{name}" ends with an empty answer', "drop the row")
     return before, answer.content

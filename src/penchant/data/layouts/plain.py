@@ -54,11 +54,8 @@ def _multi_turn_pair(row: Fields, sides: tuple[tuple[Message, ...], tuple[Messag
     tree = pair(prompt, sides[0][first_difference], sides[1][first_difference], row)
     completions = []
     for name, answer, turns in zip(("chosen", "rejected"), tree.completions, sides, strict=True):
-        raw_turns = row[name]
-        trained = [
-            m.role == "assistant" and (len(raw_turns) != len(turns) or fields.is_trained(raw_turns[i]))
-            for i, m in enumerate(turns)
-        ]
+        raw_turns = fields.raw_turns(row, name)
+        trained = [m.role == "assistant" and fields.is_trained(raw) for m, raw in zip(turns, raw_turns, strict=True)]
         if not (trained[first_difference] and trained[-1]):
             raise LeftOut(f'an answer of "{name}" that is compared has weight 0', fields.NOTHING_WRONG)
         more = tuple(replace(m, trained=is_learned) for m, is_learned in zip(turns, trained, strict=True))[
@@ -148,7 +145,7 @@ def messages(row: Fields, options: Fields) -> tuple[PromptTree, ...]:
     last = fields.last_answer_tree(turns, conversation_name(row))
     if options["turns"] == "last":
         return (last,)
-    raw_turns = row[conversation_name(row)]
+    raw_turns = fields.raw_turns(row, conversation_name(row))
     offset = len(turns) - len(raw_turns)  # the system prompt of a column
     for turn in raw_turns:
         if fields.as_message(turn, "a turn").role == "assistant":
