@@ -57,3 +57,15 @@ class LastTwoOnly(Records):
         if (self.path.parent / "down").exists():
             raise ConnectionError("down")
         super().log(lines)
+
+
+class FailsOnce(Records):
+    """Refuses the first lines, and accepts them when they are sent again."""
+
+    failed = False
+
+    def log(self, lines: Sequence[Line]) -> None:
+        if not self.failed:
+            self.failed = True
+            raise ConnectionError("down")
+        super().log(lines)

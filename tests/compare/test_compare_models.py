@@ -105,6 +105,20 @@ def test_single_answers_have_a_perplexity_and_no_accuracy() -> None:
     assert "perplexity" in got.models["b"] and "preference_accuracy" not in got.models["b"]
 
 
+def test_only_the_trained_tokens_of_a_conversation_have_a_perplexity() -> None:
+    answer, mask = np.array([9, 4, 8, 3], np.int32), np.array([True, False, False, True])
+    prompts = setting().prompts
+    answers = [TokenTree(i, np.array(p, np.int32), (answer,), (False,), masks=(mask,)) for i, p in enumerate(prompts)]
+    got = compare_models(["a", "b"], lambda name: scorer(name == "b"), setting(answers=answers, judge=None))
+    nlls = []
+    for prompt in prompts:
+        ids = torch.tensor([[*prompt, *answer.tolist()]])
+        with torch.no_grad():
+            rows = torch.log_softmax(scorer(1).model(input_ids=ids).logits[0, len(prompt) - 1 : -1], -1)
+        nlls += [-rows[0, 9], -rows[3, 3]]
+    assert got.models["b"]["perplexity"] == pytest.approx(float(torch.stack(nlls).mean().exp()), rel=1e-6)
+
+
 def test_without_a_reward_preferences_are_compared() -> None:
     got = compare_models(["a", "b"], lambda name: scorer(name == "b"), setting(judge=None))
     (pair,) = got.pairs

@@ -106,6 +106,16 @@ def test_what_a_tracker_missed_is_sent_when_it_is_back(tmp_path: Path) -> None:
     assert len([c for c in _calls(run) if "kind" in c]) == 6 and _state(run)["unsent"] == 0
 
 
+def test_a_tracker_that_recovered_has_missed_nothing(tmp_path: Path) -> None:
+    run, said = make_run(tmp_path / "run", done=2), list[str]()
+    mirrors = _mirrors(run, "FailsOnce", said)
+    mirrors.begin(anew=True)
+    assert mirrors.finish("finished")
+    assert len([c for c in _calls(run) if "kind" in c]) == _state(run)["lines"] == 6
+    assert (_state(run)["unsent"], _state(run)["error"]) == (0, None)
+    assert not any("penchant track" in sentence for sentence in said)
+
+
 @pytest.mark.parametrize(
     "fake, said_of", [("Hangs", "no answer in 1 s"), ("Dies", "ended"), ("Raises", "401 for [hidden]")]
 )

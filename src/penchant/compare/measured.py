@@ -125,10 +125,10 @@ class Measurement:
 
     @cached_property
     def chosen_nlls(self) -> tuple[np.ndarray, np.ndarray]:
-        """``-log p`` of every token of the chosen answers, and the prompt index of each."""
+        """``-log p`` of every trained token of the chosen answers, and the prompt index of each."""
         assert self.answers is not None
         answers = self.setting.answers
-        sizes = [len(c) for t in answers for c in t.completion_ids]
+        sizes = [n for t in answers for n in t.trained]
         is_chosen = [i == 0 for t in answers for i in range(len(t.completion_ids))]
         parts = [p for p, chosen in zip(self.answers.tokens.double().split(sizes), is_chosen, strict=True) if chosen]
         return -np.concatenate([p.numpy() for p in parts]), np.repeat(prompt_numbers(answers), [len(p) for p in parts])

@@ -118,7 +118,7 @@ class Sent:
 
     Args:
         id, where: of the tracker's run, None before it exists; sent: last step sent, by kind; lines: number of lines sent.
-        unsent: number of known lines not sent yet; error: first error of the latest session, without secrets.
+        unsent: number of known lines not sent yet; error: of the latest session, without secrets, if it has not recovered.
     """
 
     id: str | None = None

@@ -63,7 +63,9 @@ class Worker:
         except Exception as error:  # no matter what a library raises, keep the lines and go on
             self._record_failure(error)
             return False
-        self.failures = 0
+        if self.failures:
+            self.failures, self.sent.error = 0, None
+            self._save_record()
         return True
 
     def end(self, status: str, summary: Mapping[str, Any]) -> None:
