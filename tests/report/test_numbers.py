@@ -55,6 +55,11 @@ def test_an_end_beside_zero_does_not_look_like_zero() -> None:
     assert interval(-0.0000001, 5.0) == "[0.000, 5.000]"
 
 
+def test_a_figure_too_small_for_six_decimals_has_an_exponent() -> None:
+    assert with_interval(3e-8, (1e-8, 5e-8)) == "3.00e-8 [1.00e-8, 5.00e-8]"
+    assert interval(-2e-7, 4e-6) == "[\u22122.00e-7, 4.00e-6]"
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (4.25, 45, 754, 3900, 100_000, None)] == [
         "4.2 s",

@@ -65,6 +65,13 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
         assert view.step == 10 and view.points["eval/loss"][-1].step == 8 and len(view.line["loss"]) == 10
 
 
+def test_a_change_has_the_digits_of_its_figures(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", 8)
+    rows = [{"kind": "eval", "step": step, "eval/kl/k3": kl} for step, kl in ((0, 1e-5), (8, 4e-5))]
+    (folder / "metrics.jsonl").write_text(lines(rows))
+    assert re.search(r"KL, nats +1.00e-05  4.00e-05  \+3.00e-05", text(seen(folder)))
+
+
 def test_a_resumed_run_goes_back_and_its_old_steps_are_gone(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", 8)
     view = seen(folder)

@@ -64,8 +64,8 @@ def with_interval(value: float, ci: tuple[float, float] | None, share: bool = Fa
 
 def _digits(low: float, high: float) -> int | None:
     """Decimals for two significant digits of the width, or more so that an end near zero is not shown as zero; None: use the default."""
-    width = high - low
-    if not math.isfinite(width) or width <= 0 or max(abs(low), abs(high)) >= 1e6:
+    width, size = high - low, max(abs(low), abs(high))
+    if not math.isfinite(width) or width <= 0 or not 1e-5 <= size < 1e6:  # beyond six digits all would look like zero
         return None
     digits = max(0, 1 - math.floor(math.log10(width)))
     nearest = min((abs(v) for v in (low, high) if v), default=width)

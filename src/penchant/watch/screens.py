@@ -51,6 +51,11 @@ def format_figure(value: float | None) -> str:
     return f"{value:,.{4 if size < 10 else 2 if size < 1000 else 0}f}"
 
 
+def format_change(change: float) -> str:
+    """Format a difference as a figure, with its sign: ``+0.0800``, ``-1.20e-05``."""
+    return f"{'+' if change >= 0 else ''}{format_figure(change)}"
+
+
 def with_interval(value: float | None, ci: tuple[float, float] | None) -> str:
     """Format ``0.7000 [0.6000, 0.8000]``; the interval is left out if it has no width after rounding."""
     ends = [] if ci is None else [format_figure(end) for end in ci]
@@ -294,7 +299,7 @@ def _table(view: RunView, size: Size) -> list[Text]:
         head = ("", first_step, last_step, "change") if first_step != last_step else ("", "", last_step, "")
     else:
         rows = [
-            (label, format_figure(e[0]), format_figure(e[1]), f"{e[1] - e[0]:+.4f}")
+            (label, format_figure(e[0]), format_figure(e[1]), format_change(e[1] - e[0]))
             for k, label in keys
             if (e := view.edges(k))
         ]
@@ -312,7 +317,7 @@ def _held_out_row(view: RunView, key: str, label: str) -> tuple[str, str, str, s
     before, after = (with_interval(v, interval(e, key)) for v, e in ((first, view.first_eval), (last, view.last_eval)))
     if first is None or last is None or view.first_eval.get("step") == view.last_eval.get("step"):
         return label, "", after, ""
-    return label, before, after, f"{last - first:+.4f}"
+    return label, before, after, format_change(last - first)
 
 
 def _samples(view: RunView, size: Size) -> list[Text]:
