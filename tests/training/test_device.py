@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections import Counter
 from dataclasses import replace
@@ -25,8 +26,9 @@ from penchant.logprobs import Scorer, per_completion
 from penchant.logprobs.reference import CachedReference, LiveReference, adapter_as_it_is, adapter_off
 from penchant.losses import LOSSES
 from penchant.losses.divergences import DivergenceKind, grad_of, value_of
-from penchant.models.load import add_lora, widened
-from penchant.models.options import LoraConfig
+from penchant.models import merge
+from penchant.models.load import _random_state, add_lora, resolve_device, widened
+from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.tree_attention import tree_layout
 from penchant.runs import record
 from penchant.training import loop as loop_module
@@ -395,15 +397,52 @@ def test_products_of_a_gpu_are_as_precise_as_asked(monkeypatch: pytest.MonkeyPat
 
 
 def test_what_is_proved_in_fp32_is_not_multiplied_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    matmul = SimpleNamespace(allow_tf32=True)
+    """Afterwards every setting is what it was, also in a process that never set them."""
+    matmul = SimpleNamespace(allow_tf32=True, allow_bf16_reduced_precision_reduction=True)
+    cudnn = SimpleNamespace(allow_tf32=True)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
-    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=True))
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
     parameters = [SimpleNamespace(device=CUDA, dtype=torch.float32)]
-    with widened(SimpleNamespace(parameters=lambda: iter(parameters))):  # type: ignore[arg-type]
-        assert not matmul.allow_tf32
-    assert matmul.allow_tf32
+    for asked in (True, False):
+        matmul.allow_tf32 = asked
+        with widened(SimpleNamespace(parameters=lambda: iter(parameters))):  # type: ignore[arg-type]
+            assert not matmul.allow_tf32 and not cudnn.allow_tf32
+        assert matmul.allow_tf32 is asked and cudnn.allow_tf32 and matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_tf32 = True
     with widened(tiny_model("llama", dtype=torch.float32)):
         assert matmul.allow_tf32  # a CPU has no TF32
+
+
+def test_a_merged_adapter_is_proved_without_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen reference or a value model may be merged after the run's precision was set."""
+    matmul, seen = SimpleNamespace(allow_tf32=True, allow_bf16_reduced_precision_reduction=False), []
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=True))
+    (tmp_path / "adapter_config.json").write_text('{"task_type": "CAUSAL_LM"}')
+    for name in ("check_model_folder", "check_folder"):
+        monkeypatch.setattr(merge, name, lambda _: None)
+    stand_in = SimpleNamespace(merge_and_unload=lambda safe_merge: stand_in)
+    monkeypatch.setattr(merge, "load_causal_model", lambda *_: stand_in)
+    monkeypatch.setattr(merge, "with_adapter", lambda *_: stand_in)
+    monkeypatch.setattr(merge, "_probe", lambda _: seen.append(matmul.allow_tf32) or torch.ones(1))
+    assert merge.merged_model(ModelConfig(path="base"), tmp_path, CUDA) is stand_in
+    assert seen == [False, False] and matmul.allow_tf32
+
+
+def test_cublas_is_deterministic_from_the_first_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch reads the variable once, at its first product on a GPU: when a loaded model is checked, long before a step."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("cpu") == CPU and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    assert resolve_device("auto").type == "cuda" and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_random_numbers_are_looked_for_on_the_models_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device=None: asked.append(device))
+    _random_state(torch.device("cuda", 1))
+    assert asked == [torch.device("cuda", 1)]
 
 
 # ---- the process: the CPU's allocator settings would never give back a GPU host's memory ----

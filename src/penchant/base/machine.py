@@ -95,6 +95,23 @@ def set_precision(device: Any, tf32: bool) -> None:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
+@contextmanager
+def full_precision(device: Any) -> Iterator[None]:
+    """Context in which a GPU's fp32 products use fp32, not TF32; everything that `set_precision` sets is restored afterwards."""
+    if device.type != "cuda":
+        yield
+        return
+    import torch
+
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    previous = matmul.allow_tf32, cudnn.allow_tf32, matmul.allow_bf16_reduced_precision_reduction
+    set_precision(device, tf32=False)
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = previous
+
+
 def in_fp64(tensor: Any) -> Any:
     """A tensor in fp64; in fp32 on MPS, which has no fp64."""
     return tensor.float() if tensor.device.type == "mps" else tensor.double()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from penchant.base.files import check_model_folder, file_sha256
-from penchant.base.machine import NAMES, accelerator, set_precision, why_not
+from penchant.base.machine import NAMES, accelerator, full_precision, why_not
 from penchant.distributed.shard import full
 from penchant.errors import ConfigError, ModelError
 from penchant.models.folder import (
@@ -49,7 +49,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 def resolve_device(device: str) -> torch.device:
     """The device to use; ``auto`` is an NVIDIA (AMD) GPU if there is one, else the CPU. ConfigError if torch cannot use the device here."""
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     reason = why_not(torch.device(device).type)
     if reason:
         raise ConfigError("model.device", reason, "set model.device=cpu or auto")
@@ -57,6 +57,8 @@ def resolve_device(device: str) -> torch.device:
     if place.index is not None and place.index >= (count := accelerator(place.type).device_count()):
         available = ", ".join(f"{place.type}:{i}" for i in range(count))
         raise ConfigError("model.device", f"there is no {device} here, only {available}", "give one of those")
+    if place.type == "cuda":  # torch reads it at its first product on a GPU, and never again
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return place
 
 
@@ -528,7 +530,9 @@ def _in_fp32(model: nn.Module) -> bool:
 
 
 def _random_state(device: torch.device) -> Tensor:
-    return cast(Tensor, accelerator(device.type).get_rng_state()) if device.type in NAMES else torch.get_rng_state()
+    return (
+        cast(Tensor, accelerator(device.type).get_rng_state(device)) if device.type in NAMES else torch.get_rng_state()
+    )
 
 
 @contextmanager
@@ -549,15 +553,12 @@ def quiet(model: nn.Module, training: bool = False) -> Iterator[None]:
 def widened(model: nn.Module) -> Iterator[None]:
     """Context with a model's bf16 (fp16) parameters in fp32, lossless both ways; matrix products on a GPU use fp32, not TF32."""
     originals = [(p, p.dtype) for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)]
-    device = next(model.parameters()).device
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     for p, _ in originals:
         p.data = p.data.float()
-    set_precision(device, tf32=False)
     try:
-        yield
+        with full_precision(next(model.parameters()).device):
+            yield
     finally:
-        set_precision(device, tf32)
         for p, dtype in originals:
             p.data = p.data.to(dtype)
 

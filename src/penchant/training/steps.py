@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -236,7 +235,6 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
     deterministic: Any = torch.utils.deterministic
     previous_fill = deterministic.fill_uninitialized_memory
     cudnn_enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     deterministic.fill_uninitialized_memory = False  # an extra pass over every buffer, useful only for debugging
     torch.backends.cuda.enable_cudnn_sdp(False)  # first choice on Hopper, nondeterministic, and allowed by warn_only
