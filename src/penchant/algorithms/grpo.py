@@ -270,9 +270,7 @@ class GroupPolicyGradient(OnPolicy):
             (k * self.teaches(g)).repeat_interleave(torch.tensor(_lengths(g)))
             for k, g in zip(kept, groups, strict=True)
         ]
-        in_update = torch.cat(by_group) > 0
-        if bool(in_update.any()):
-            advantages[in_update] = whiten(advantages[in_update])
+        advantages = whiten(advantages, which=torch.cat(by_group) > 0)
         for g, part in zip(groups, advantages.split(sizes), strict=True):
             g.extras["advantages"] = part
 

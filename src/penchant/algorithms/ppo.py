@@ -187,10 +187,10 @@ class PPO(OnPolicy):
         rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)
         in_update = None if has_reward is None else has_reward.repeat_interleave(lengths)  # tokens that are trained on
         if cfg.whiten_rewards:
-            rewards = _whitened(rewards, in_update, keep_mean=True)
+            rewards = whiten(rewards, which=in_update, keep_mean=True)
         advantages, returns = gae(rewards, values, lengths, gamma=cfg.gamma, lam=cfg.lam)
         if cfg.whiten_advantages:
-            advantages = _whitened(advantages, in_update)
+            advantages = whiten(advantages, which=in_update)
         if in_update is not None:
             for g, part in zip(groups, in_update.to(old.dtype).split(sizes), strict=True):
                 g.extras["keep"] = part
@@ -317,13 +317,6 @@ class PPO(OnPolicy):
         OnPolicy.load_state_tensors(self, tensors)
         if "beta" in tensors:
             self.beta, self._moments = float(tensors["beta"]), tensors["moments"].clone()
-
-
-def _whitened(values: Tensor, which: Tensor | None, *, keep_mean: bool = False) -> Tensor:
-    """`whiten` over those numbers alone, with the others unchanged; None: over all."""
-    if which is None:
-        return whiten(values, keep_mean=keep_mean)
-    return values.masked_scatter(which, whiten(values[which], keep_mean=keep_mean)) if bool(which.any()) else values
 
 
 def _update_moments(moments: Tensor, values: Tensor) -> Tensor:

@@ -120,18 +120,21 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(x: Tensor, *, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
+def whiten(x: Tensor, *, which: Tensor | None = None, keep_mean: bool = False, eps: float = 1e-8) -> Tensor:
     """Zero mean (unless kept) and unit variance over all real tokens.
 
     ``(x - mean) / sqrt(var + eps)``, var unbiased; a single token is only centered.
 
     Args:
-        x: (R,).
+        x: (R,); which: (R,) bool, the tokens to whiten over; the others stay as they are; None: all.
 
     Raises:
         ValueError: x is not a vector.
     """
     require_vectors(x)
+    if which is not None:
+        whitened = whiten(x[which], keep_mean=keep_mean, eps=eps) if bool(which.any()) else x[which]
+        return x.masked_scatter(which, whitened)
     mean = x.mean()
     centered = x - mean
     if len(x) > 1:
