@@ -80,7 +80,7 @@ def model_of(folder: str, **options: Any) -> ChatModel:
 @contextmanager
 def serving(chat_model: ChatModel, name: str = "tiny", **options: Any) -> Iterator[Any]:
     """Run a server in a thread. `server.url` is its address."""
-    from penchant.serve.app import App, Limits, Scheduler
+    from penchant.serve.routes import App, Limits, Scheduler
     from penchant.serve.server import Server, listen, server_url
 
     scheduler = Scheduler(options.pop("at_once", 4), options.pop("waiting", 64))

@@ -419,7 +419,7 @@ def test_rows_and_functions_in_audit_and_compare(model: str, tmp_path: Path) -> 
     assert f"{len(polite_rows())} accepted" in audit.to_text()
     asked: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("penchant.compare.compare_runs", lambda runs, request, quiet: asked.append(request))
+        patch.setattr("penchant.compare.comparison.compare_runs", lambda runs, request, quiet: asked.append(request))
         api.compare("a", "b", prompts=polite_rows(3))
         with pytest.raises(ConfigError, match="both rows"):
             api.compare("a", prompts=polite_rows(3), data="rows.jsonl")

@@ -23,7 +23,7 @@ from penchant.requests import (
 )
 
 if TYPE_CHECKING:
-    from penchant.compare import RunComparison
+    from penchant.compare.comparison import RunComparison
     from penchant.config import RunConfig
     from penchant.data.audit.findings import Audit
     from penchant.data.audit.fix import Fixed
@@ -360,7 +360,7 @@ def compare(*runs: str | Path, quiet: bool = False, **asked: Any) -> RunComparis
         asked |= {"data": rows} | ({"prompts": len(rows)} if hasattr(rows, "__len__") else {})
     asked = _named(asked, "data", "reward", "also", "judge")
     request = request_of(CompareRequest, asked, "compare")
-    from penchant.compare import compare_runs
+    from penchant.compare.comparison import compare_runs
 
     return compare_runs(runs, request, quiet=quiet)
 

@@ -435,7 +435,7 @@ def test_a_reading_that_cannot_be_written_down_does_not_happen(
     refused(world, DataError, "no such file", "dpo", data=tmp_path / "missing.jsonl")
     # recorded before the figures, so that a crash never leaves figures of an unrecorded use
     (tmp_path / "test_readings.jsonl").rmdir()
-    monkeypatch.setattr("penchant.compare.write_files", lambda *a: 1 / 0)
+    monkeypatch.setattr("penchant.compare.comparison.write_files", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare(world, "dpo", data=test, output=tmp_path / "out")
     assert len((tmp_path / "test_readings.jsonl").read_text().splitlines()) == 1

@@ -13,9 +13,9 @@ from comparing import scorer, setting
 
 from penchant.compare.judged import WIN_RATE
 from penchant.compare.models import ComparisonResult, compare_models, table
+from penchant.compare.verdict import Candidate, ComparisonGroup, Pair, compare_judged, compare_two, comparisons_table
 from penchant.judges import Answers, Question
 from penchant.metrics.stats import Interval, bootstrap_ci, holm
-from penchant.metrics.verdict import Candidate, ComparisonGroup, Pair, compare_judged, compare_two, comparisons_table
 
 NAN = float("nan")
 

@@ -501,13 +501,13 @@ def test_a_temperature_of_any_size_is_one(server: Any, number: str) -> None:
 
 
 def test_a_failure_of_the_model_is_one_requests_own(client: Any, server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from penchant.serve import app
+    from penchant.serve import routes
 
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret of the machine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(app, "Completions", broken)
+        patch.setattr(routes, "Completions", broken)
         with pytest.raises(openai.InternalServerError) as caught:
             _chat(client)
         assert "secret" not in str(caught.value)

@@ -49,7 +49,7 @@ def _compare(args: argparse.Namespace) -> int:
 def _compare_by_humans(args: argparse.Namespace) -> int:
     from dataclasses import asdict
 
-    from penchant.metrics.humans import check_no_other_options, judge_by_humans
+    from penchant.compare.humans import check_no_other_options, judge_by_humans
 
     options, defaults = options_of(args, CompareRequest), asdict(CompareRequest())
     check_no_other_options(args.judge, {name: value for name, value in options.items() if value != defaults[name]})

@@ -140,9 +140,9 @@ def _serve(args: argparse.Namespace) -> int:
     sock = listen(args.host, args.port)  # before the model is loaded, so that a port in use is reported at once
     try:
         require_server()
-        from penchant.serve.app import App, Limits, Scheduler
         from penchant.serve.chat import safe
         from penchant.serve.model import load_chat_model
+        from penchant.serve.routes import App, Limits, Scheduler
 
         print(f"loading {safe(args.model)} ...", file=sys.stderr, flush=True)
         chat_model = load_chat_model(

@@ -10,9 +10,7 @@ import numpy as np
 
 from penchant.base.text import counted
 from penchant.compare.measured import Measurement, Metrics, Setting
-from penchant.judges.judge import BothOrders, PairJudge, Question, ask_both_orders
-from penchant.metrics.stats import Interval, share_ci
-from penchant.metrics.verdict import (
+from penchant.compare.verdict import (
     MAX_UNJUDGED,
     NOTABLE,
     WIN_RATE,
@@ -23,6 +21,8 @@ from penchant.metrics.verdict import (
     correct_p_values,
     pairings,
 )
+from penchant.judges.judge import BothOrders, PairJudge, Question, ask_both_orders
+from penchant.metrics.stats import Interval, share_ci
 from penchant.runfolder import nan_to_none
 
 

@@ -15,15 +15,7 @@ import numpy as np
 from penchant.base.text import columns
 from penchant.compare.judged import WIN_RATE, Judgement, judge_pairs, judged_candidates, stack_lengths, win_rates
 from penchant.compare.measured import Measurement, Metrics, Setting, figures, measure
-from penchant.data.load import Dataset, first_text, turns_of
-from penchant.data.split import prompt_key
-from penchant.errors import ConfigError
-from penchant.judges.judge import PairJudge
-from penchant.logprobs import Scorer
-from penchant.metrics.answers import is_answer
-from penchant.metrics.figures import prompt_numbers
-from penchant.metrics.names import all_tied
-from penchant.metrics.verdict import (
+from penchant.compare.verdict import (
     Candidate,
     ComparisonGroup,
     Pair,
@@ -34,6 +26,14 @@ from penchant.metrics.verdict import (
     correct_p_values,
     verdict,
 )
+from penchant.data.load import Dataset, first_text, turns_of
+from penchant.data.split import prompt_key
+from penchant.errors import ConfigError
+from penchant.judges.judge import PairJudge
+from penchant.logprobs import Scorer
+from penchant.metrics.answers import is_answer
+from penchant.metrics.figures import prompt_numbers
+from penchant.metrics.names import all_tied
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, write_summed

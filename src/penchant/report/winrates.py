@@ -8,11 +8,10 @@ from typing import Any
 
 from penchant.metrics.names import with_k3
 from penchant.metrics.stats import Interval
-from penchant.metrics.verdict import format_p
 from penchant.report.data import Comparison, ReportData
 from penchant.report.html import Element, Node, el, note, panel, user_text
 from penchant.report.svg import MISSING, estimate, format_value, interval, interval_plot, percent
-from penchant.runfolder.values import ci_of, mapping, mappings, num, text
+from penchant.runfolder.values import ci_of, format_p, mapping, mappings, num, text
 
 SHADES = 5  # of a cell's color on each side of one half
 FIGURES = (  # name, label, share

@@ -53,6 +53,11 @@ def format_interval(interval: tuple[float, float] | None, format_spec: str) -> s
     return "" if low.lstrip("-") == high.lstrip("-") else f"[{low}, {high}]"
 
 
+def format_p(p: float) -> str:
+    """Format a p-value with its significant digits."""
+    return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
+
+
 def interval_of(row: Any, key: str) -> tuple[float, float] | None:
     """The interval ``KEY/ci`` of a metrics line as recorded, or None."""
     value = row.get(f"{key}/ci") if isinstance(row, Mapping) else None

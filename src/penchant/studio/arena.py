@@ -20,10 +20,10 @@ from starlette.responses import FileResponse, HTMLResponse, Response, StreamingR
 from starlette.routing import Route
 
 from penchant.base.files import file_sha256
+from penchant.compare.humans import human_verdict
 from penchant.errors import DataError
 from penchant.judges.endpoint import connect
 from penchant.judges.humans import PREFERENCES, Judgement, turns_of
-from penchant.metrics.humans import human_verdict
 from penchant.runfolder import COMPARISON_ROWS, MANIFEST, SAMPLES, checkpoints
 from penchant.studio import pairs
 from penchant.studio.app import Area, Studio, read_fields, read_form

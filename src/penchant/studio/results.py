@@ -6,8 +6,8 @@ import time
 
 from penchant import __version__
 from penchant.base.text import counted
+from penchant.compare.humans import Annotator, HumanVerdict, human_verdict
 from penchant.judges.humans import Preferences
-from penchant.metrics.humans import Annotator, HumanVerdict, human_verdict
 from penchant.metrics.stats import Interval
 from penchant.report.html import Element, Node, document, el, note, panel, user_text
 

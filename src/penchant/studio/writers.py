@@ -94,8 +94,8 @@ class Writers:
                     yield piece.text
 
     def _start_completions(self, folder: Path, prompt: Any) -> Any:
-        from penchant.serve.app import token_ids
         from penchant.serve.model import load_chat_model
+        from penchant.serve.routes import token_ids
         from penchant.serve.stream import Completions, Sampling
         from penchant.types import Message
 

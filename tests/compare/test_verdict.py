@@ -8,6 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from penchant.compare.verdict import (
+    Candidate,
+    ComparisonGroup,
+    compare_all,
+    compare_two,
+    comparisons_table,
+    verdict,
+)
 from penchant.metrics.stats import (
     Interval,
     holm,
@@ -16,14 +24,6 @@ from penchant.metrics.stats import (
     seeds_difference,
     t_quantile,
     t_two_sided,
-)
-from penchant.metrics.verdict import (
-    Candidate,
-    ComparisonGroup,
-    compare_all,
-    compare_two,
-    comparisons_table,
-    verdict,
 )
 from penchant.runfolder.values import FEW_ROWS
 

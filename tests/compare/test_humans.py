@@ -11,8 +11,8 @@ from studio_people import PEOPLE, judged, texts, truth, word
 from studios import arena_of
 
 from penchant.cli import main
+from penchant.compare.humans import HumanVerdict, human_verdict
 from penchant.judges.humans import Preferences
-from penchant.metrics.humans import HumanVerdict, human_verdict
 from penchant.metrics.stats import share_ci, sign_flip_test
 
 

@@ -22,7 +22,7 @@ from penchant.metrics.stats import (
     share_ci,
     sign_flip_test,
 )
-from penchant.runfolder.values import FEW_ROWS, format_interval
+from penchant.runfolder.values import FEW_ROWS, format_interval, format_p
 
 T = TypeVar("T")
 
@@ -366,11 +366,6 @@ def _format_brackets(interval: Interval, format_spec: str = ".3f") -> str:
     """The interval in brackets after a space; empty if it has no width."""
     brackets = format_interval((interval.low, interval.high), format_spec)
     return f" {brackets}" if brackets else ""
-
-
-def format_p(p: float) -> str:
-    """Format a p-value with its significant digits."""
-    return "<0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
 
 
 def _p_clause(p: float) -> str:

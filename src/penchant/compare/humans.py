@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 
 from penchant.base.text import counted
-from penchant.errors import ConfigError, DataError
-from penchant.judges.humans import WINS, Judgement, Preferences, prompt_key, read_preferences
-from penchant.metrics.stats import Interval, share_ci, wilson
-from penchant.metrics.verdict import (
+from penchant.compare.verdict import (
     NOTABLE,
     WIN_RATE,
     Candidate,
@@ -25,6 +22,9 @@ from penchant.metrics.verdict import (
     comparisons_table,
     correct_p_values,
 )
+from penchant.errors import ConfigError, DataError
+from penchant.judges.humans import WINS, Judgement, Preferences, prompt_key, read_preferences
+from penchant.metrics.stats import Interval, share_ci, wilson
 from penchant.requests import HUMANS
 from penchant.runfolder.values import FEW_ROWS
 
