@@ -15,6 +15,7 @@ from steps import step_gradient, train_until_killed
 from tiny import tiny_model_folder, write_jsonl
 
 from penchant import api
+from penchant.algorithms.advantages import leave_one_out
 from penchant.algorithms.grpo import GroupConfig, GroupPolicyGradient
 from penchant.algorithms.online_dpo import best_against_worst
 from penchant.algorithms.rollouts import Group, pack_groups, rollout_reward_metrics, unpack_groups
@@ -22,7 +23,6 @@ from penchant.data.packing import pack
 from penchant.errors import ConfigError, DataError, RewardError
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, compute_logps
-from penchant.losses.policy_gradient import leave_one_out
 from penchant.rollout.generate import sample
 from penchant.types import TokenTree
 

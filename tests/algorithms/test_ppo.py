@@ -12,13 +12,13 @@ import torch
 from families import make_tree, tiny_model
 from steps import small_loop, step_gradient
 
+from penchant.algorithms.advantages import at_last_token, gae
 from penchant.algorithms.ppo import PPO, PPOConfig, _update_moments
 from penchant.algorithms.rollouts import Group
 from penchant.data import packing
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference
-from penchant.losses.policy_gradient import at_last_token, gae
 from penchant.models.reward import ValueHead
 from penchant.training.loop import Loop
 from penchant.training.optim import MasterAdamW

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
+from penchant.algorithms.advantages import group_normalized, kl_to_go, leave_one_out, whiten
 from penchant.algorithms.method import Parts
 from penchant.algorithms.rollouts import (
     Group,
@@ -20,16 +21,7 @@ from penchant.algorithms.rollouts import (
     score_groups,
 )
 from penchant.base.lazy import Tensor, lazy, torch
-from penchant.losses.policy_gradient import (
-    LOG_RATIO_LIMIT,
-    cispo_surrogate,
-    clipped_surrogate,
-    group_normalized,
-    kl_to_go,
-    leave_one_out,
-    sequence_log_ratio,
-    whiten,
-)
+from penchant.losses.policy_gradient import LOG_RATIO_LIMIT, cispo_surrogate, clipped_surrogate, sequence_log_ratio
 from penchant.types import LossOutput, PackedBatch, TokenTree
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from penchant.algorithms.advantages import at_last_token, gae, whiten
 from penchant.algorithms.method import Parts
 from penchant.algorithms.rollouts import (
     Group,
@@ -23,7 +24,7 @@ from penchant.algorithms.rollouts import (
 from penchant.base.lazy import Tensor, lazy, torch
 from penchant.data.tokenize import same_tokens
 from penchant.errors import ConfigError
-from penchant.losses.policy_gradient import at_last_token, clipped_surrogate, clipped_value_loss, gae, whiten
+from penchant.losses.policy_gradient import clipped_surrogate, clipped_value_loss
 from penchant.models.options import ModelConfig
 from penchant.types import LossOutput, PackedBatch, Weighted
 

@@ -15,7 +15,7 @@ from typing import Any
 from penchant.base.files import optional_write, packaged_yaml
 from penchant.base.text import printable
 from penchant.errors import CheckpointError
-from penchant.flags import of_comparison, of_data, of_training
+from penchant.flags import data, judges, length, likelihood, sample_size, training
 from penchant.flags.rule import (
     ComparisonView,
     Evidence,
@@ -32,9 +32,9 @@ from penchant.runfolder.read import read_folder
 __all__ = ["RULES", "TrustConfig", "comparison_flags", "run_flags"]
 
 
-OF_RUN = of_training.OF_RUN | of_comparison.OF_RUN | of_data.OF_RUN
-OF_COMPARISON = of_training.OF_COMPARISON | of_comparison.OF_COMPARISON
-LIMITS = of_training.LIMITS | of_comparison.LIMITS  # constants filled into the texts of rules.yaml
+OF_RUN = length.OF_RUN | likelihood.OF_RUN | training.OF_RUN | sample_size.OF_RUN | data.OF_RUN
+OF_COMPARISON = length.OF_COMPARISON | likelihood.OF_COMPARISON | judges.OF_COMPARISON | sample_size.OF_COMPARISON
+LIMITS = length.LIMITS | likelihood.LIMITS  # constants filled into the texts of rules.yaml
 
 
 def _make_rule(name: str, entry: dict[str, Any]) -> Rule:

@@ -1,11 +1,10 @@
-"""Trust rules about a run's data: its rows, held-out rows, ties of its reward, and samples."""
+"""Trust flags about a run's data: cut rows, bad rows, nothing held out, samples that training did not change."""
 
 from __future__ import annotations
 
 from penchant.base.text import counted
 from penchant.flags.rule import Finding, RunView, finding, percent
-from penchant.metrics.names import TIES
-from penchant.runfolder.values import algorithm_of, count_unchanged, num, sample_size
+from penchant.runfolder.values import count_unchanged
 
 
 def _cut_rows(run: RunView) -> Finding | None:
@@ -41,23 +40,6 @@ def _nothing_held_out(run: RunView) -> Finding | None:
     return finding(sentence, "held-out rows", 0, level="note")
 
 
-def _tied(run: RunView) -> Finding | None:
-    last = run.evals[-1] if run.evals else {}
-    if not num(last, "step"):  # before training most losses tie every pair
-        return None
-    cannot_tell = "This reward cannot tell them apart."
-    pairs_explanation = cannot_tell if algorithm_of(run.config) else "The policy has hardly moved from its reference."
-    for name, unit, subject, reason in (
-        ("win_rate", "prompts", "the run's completion and its start's", cannot_tell),
-        ("rewards/accuracies", "pairs", "both answers", pairs_explanation),
-    ):
-        ties, n = num(last, f"eval/{TIES[name]}"), sample_size(last, f"eval/{name}")
-        if ties is not None and ties >= run.trust.ties and n:
-            sentence = f"Tied on {round(ties * n):,} of {n:,} held-out {unit}: {subject} have the same reward. {reason}"
-            return finding(sentence, "share of ties", ties, level="warning" if reason == cannot_tell else "note")
-    return None
-
-
 def _samples_unchanged(run: RunView) -> Finding | None:
     unchanged, n = count_unchanged(run.samples)
     if not n or unchanged < n:
@@ -74,6 +56,5 @@ OF_RUN = {
     "cut_rows": _cut_rows,
     "bad_rows": _bad_rows,
     "nothing_held_out": _nothing_held_out,
-    "tied": _tied,
     "samples_unchanged": _samples_unchanged,
 }
