@@ -37,6 +37,31 @@ def interval(values: Sequence[np.ndarray], openings: np.ndarray) -> str:
     return f"{estimate.estimate:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"
 
 
+def config_of(name: str, seed: int, args: argparse.Namespace, data: Path, teacher: str) -> dict[str, Any]:
+    """The config of one student and seed."""
+    config: dict[str, Any] = {
+        **{k: dict(v) if isinstance(v, dict) else v for k, v in STUDENTS[name].items()},
+        "model": {"path": str(demo.asset("model")), "dtype": "fp32"},
+        "data": {"path": str(data), "max_length": 256, "add_eos": False},
+        "train": {
+            "epochs": args.epochs,
+            "batch_size": 16,
+            "tokens_per_step": 2048,
+            "lr": args.lr,
+            "schedule": "linear",
+            "seed": seed,
+        },
+        "evaluation": {"samples": 0, "kl_prompts": 0, "at_start": False, "every": None},
+        "checkpoint": {"keep_last": 1},
+        "output": str(args.output / f"{name.replace(',', '').replace(' ', '-').replace(chr(39), '')}-{seed}"),
+    }
+    if "algorithm" in config:
+        config["teacher"] = {"path": teacher}
+        if config["algorithm"]["lambda"] > 0:  # the student writes
+            config["algorithm"]["max_new_tokens"] = demo.NEW_TOKENS
+    return config
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("output", type=Path)
@@ -64,27 +89,9 @@ def main() -> None:
         **{name: [] for name in STUDENTS},
         "(the teacher)": [teacher_folder],
     }
-    for name, student in STUDENTS.items():
+    for name in STUDENTS:
         for seed in range(args.seeds):
-            config: dict[str, Any] = {
-                **{k: dict(v) if isinstance(v, dict) else v for k, v in student.items()},
-                "model": {"path": start, "dtype": "fp32"},
-                "data": {"path": str(data), "max_length": 256, "add_eos": False},
-                "train": {
-                    "epochs": args.epochs,
-                    "batch_size": 16,
-                    "tokens_per_step": 2048,
-                    "lr": args.lr,
-                    "schedule": "linear",
-                    "seed": seed,
-                },
-                "evaluation": {"samples": 0, "kl_prompts": 0, "at_start": False, "every": None},
-                "checkpoint": {"keep_last": 1},
-                "output": str(args.output / f"{name.replace(',', '').replace(' ', '-').replace(chr(39), '')}-{seed}"),
-            }
-            if "algorithm" in config:
-                config |= {"teacher": {"path": teacher_folder}}
-                config["algorithm"] |= {"max_new_tokens": demo.NEW_TOKENS}
+            config = config_of(name, seed, args, data, teacher_folder)
             models[name].append(str(api.train(config, quiet=True).model))
     print(
         f"{len(rows)} training openings, {args.epochs} epochs, batch size 16, lr {args.lr:g}; {len(openings['eval'])} held-out openings\n"

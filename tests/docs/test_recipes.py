@@ -5,13 +5,18 @@ from __future__ import annotations
 import ast
 import json
 import sys
+from argparse import Namespace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from tiny import tiny_model_folder, write_jsonl
+
+from penchant import api
+from penchant.errors import PenchantError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCRIPTS = sorted([*RECIPES.glob("*.py"), *RECIPES.parent.glob("benchmarks/*.py"), *RECIPES.parent.glob("tools/*.py")])
@@ -29,7 +34,7 @@ def test_what_a_script_imports_of_penchant_exists(script: Path) -> None:
 @pytest.fixture
 def experiments(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(RECIPES))
-    for name in ("experiments", "loss_table"):
+    for name in ("experiments", "loss_table", "dpo_shift_table", "pmpo_table", "frontier", "distillation"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import experiments
 
@@ -74,3 +79,35 @@ def test_a_table_of_losses(
     moved = [a - b for a, b in zip(measured["logps"], before["logps"], strict=True)]
     assert measured["chosen"] == pytest.approx(moved[::2], abs=1e-4) and any(abs(m) > 1e-3 for m in moved)
     assert dpo[4] == f"{sum(moved[::2]) / 4:.2f}"
+
+
+@pytest.mark.parametrize("script", ["loss_table", "dpo_shift_table", "pmpo_table", "frontier"])
+def test_every_run_of_a_table_is_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiments: ModuleType, script: str
+) -> None:
+    """No config of a table is refused, so no row says why it could not run."""
+    (tmp_path / "demo").mkdir()
+    for name in ("train", "heldout", "unpaired"):
+        (tmp_path / "demo" / f"{name}.jsonl").write_text("{}\n")
+    accepted: list[Any] = []
+
+    def stop(config: Any, quiet: bool) -> None:
+        accepted.append(api.as_config(config))
+        raise PenchantError("here", "not trained")
+
+    monkeypatch.setattr(experiments, "train", stop)
+    monkeypatch.setattr(experiments, "_measure", lambda *_: {"reward": 0.0})
+    module = import_module(script)
+    for name in ("print_table", "print_frontier", "print_at", "print_samples"):
+        monkeypatch.setattr(module, name, lambda *_: None, raising=False)
+    monkeypatch.setattr(sys, "argv", [script, "--seeds", "1", "--output", str(tmp_path)])
+    module.main()
+    refused = [text for p in tmp_path.rglob("measured.json") if "not trained" not in (text := p.read_text())]
+    assert accepted and not refused
+
+
+def test_every_student_of_the_distillation_is_accepted(tmp_path: Path, experiments: ModuleType) -> None:
+    recipe = import_module("distillation")
+    args = Namespace(epochs=2, lr=3e-4, output=tmp_path)
+    for name in recipe.STUDENTS:
+        api.as_config(recipe.config_of(name, 0, args, tmp_path / "rows.jsonl", "teacher"))
