@@ -51,7 +51,8 @@ def build_model(dtype: Any, **lora: Any) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from penchant.models.load import add_lora, cast_parameters
+    from penchant.models.load import cast_parameters
+    from penchant.models.lora import add_lora
     from penchant.models.options import LoraConfig
     from penchant.training.optim import MasterAdamW
 

@@ -28,7 +28,8 @@ from penchant.errors import CheckpointError, DiskError, TrainingStopped
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, MovingReference, adapter_as_it_is
 from penchant.losses import LOSSES
-from penchant.models.load import add_lora, backbone_of, cast_parameters, effective_weights
+from penchant.models.load import backbone_of, cast_parameters
+from penchant.models.lora import add_lora, effective_weights
 from penchant.models.options import LoraConfig
 from penchant.models.reward import ValueModel
 from penchant.models.router import router_loss

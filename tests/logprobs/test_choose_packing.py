@@ -10,7 +10,7 @@ from families import tiny_model
 from penchant.errors import ConfigError
 from penchant.logprobs.packing import choose_packing
 from penchant.models import tree_attention
-from penchant.models.load import add_lora
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig
 
 

@@ -143,7 +143,7 @@ def _of_one(policy: Any, ref: Any, prompt: list[int], completion: list[int], kin
 
 @pytest.mark.parametrize("on_head", [False, True])
 def test_with_lora_the_adapter_is_off_in_the_reference(on_head: bool) -> None:
-    from penchant.models.load import add_lora
+    from penchant.models.lora import add_lora
     from penchant.models.options import LoraConfig
 
     targets = ["q_proj", "lm_head"] if on_head else ["q_proj"]

@@ -10,7 +10,7 @@ from families import VOCAB, family_configs, some_trees, tiny_model
 from penchant.data.packing import pack
 from penchant.logprobs import Scorer
 from penchant.logprobs.head import token_logps
-from penchant.models.load import add_lora
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig
 from penchant.models.tree_attention import install_tree_attention
 from penchant.types import TokenTree

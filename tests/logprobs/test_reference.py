@@ -28,7 +28,8 @@ from penchant.logprobs.reference import (
     cached_reference,
     joined,
 )
-from penchant.models.load import add_lora, weights_sha256
+from penchant.models.load import weights_sha256
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig
 from penchant.types import TokenTree
 

@@ -19,7 +19,7 @@ from penchant.errors import CheckpointError, ConfigError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
 from penchant.models import compiled
-from penchant.models.load import add_lora
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig
 from penchant.rollout.generate import sample
 

@@ -12,7 +12,7 @@ from parameters import by_default
 
 from penchant.models.cpu import decode as fast_decode
 from penchant.models.cpu.decode import FastDecoder, PackedLinear, can_decode_fast
-from penchant.models.load import add_lora
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig
 from penchant.rollout import generate
 from penchant.rollout.generate import Sample, sample

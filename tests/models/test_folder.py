@@ -22,7 +22,7 @@ from penchant import api
 from penchant.errors import ModelError, PenchantError
 from penchant.models.folder import bound_templates, check_folder, check_template
 from penchant.models.load import load_causal_model, load_tokenizer
-from penchant.models.merge import with_adapter
+from penchant.models.lora import with_adapter
 from penchant.models.options import ModelConfig
 from penchant.models.reward import load_reward_model
 from penchant.serve.model import TemplateRefused, load_chat_model

@@ -15,14 +15,7 @@ import transformers
 from families import family_configs
 
 from penchant.errors import ModelError
-from penchant.models.load import (
-    cast_parameters,
-    held_in,
-    load_causal_model,
-    save_model,
-    stays_wide,
-    weights_sha256,
-)
+from penchant.models.load import cast_parameters, held_in, load_causal_model, save_model, stays_wide, weights_sha256
 from penchant.models.options import ModelConfig
 from penchant.training.optim import MasterAdamW
 

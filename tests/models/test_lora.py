@@ -12,9 +12,10 @@ from architectures import load_tool
 from families import tiny_model
 
 from penchant.errors import ConfigError, ModelError
-from penchant.models import load
-from penchant.models.load import add_lora, base_model_of, effective_weights, is_b_matrix, load_causal_model
-from penchant.models.merge import lora_section, merged_model, trained_on
+from penchant.models import load, lora
+from penchant.models.load import base_model_of, load_causal_model
+from penchant.models.lora import add_lora, effective_weights, is_b_matrix, lora_section, trained_on
+from penchant.models.merge import merged_model
 from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.reward import whole_state_dict
 from penchant.training.optim import MasterAdamW
@@ -105,8 +106,8 @@ def test_an_adapter_that_merges_wrongly_is_refused_and_leaves_the_start_alone(
     """Also in bf16, where rounding of the merged weight would hide the error, so it is checked in fp32."""
     model = tiny_model("llama", dtype=dtype)
     before = {n: p.clone() for n, p in model.named_parameters()}
-    merged = load.merged_weight
-    monkeypatch.setattr(load, "merged_weight", lambda module: merged(module) * 1.01)
+    merged = lora.merged_weight
+    monkeypatch.setattr(lora, "merged_weight", lambda module: merged(module) * 1.01)
     with pytest.raises(ConfigError, match="merging an adapter of this model changes its logits"):
         add_lora(model, LoraConfig(r=2), seed=0)
     monkeypatch.undo()

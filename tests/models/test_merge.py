@@ -12,7 +12,8 @@ from tiny import tiny_model_folder
 
 from penchant.errors import ModelError
 from penchant.models import merge
-from penchant.models.load import add_lora, load_causal_model, load_tokenizer, save_model
+from penchant.models.load import load_causal_model, load_tokenizer, save_model
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig, ModelConfig
 
 

@@ -15,17 +15,12 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.errors import ConfigError
-from penchant.models.load import (
-    add_lora,
-    cast_parameters,
-    effective_weights,
-    is_quantized,
-    load_causal_model,
-    quantized_bytes,
-    source_sha256,
-)
+from penchant.models.load import cast_parameters, load_causal_model, source_sha256
+from penchant.models.lora import add_lora, effective_weights
 from penchant.models.merge import merged_model
 from penchant.models.options import LoraConfig, ModelConfig
+from penchant.models.quantize import is_quantized
+from penchant.plan.memory import quantized_bytes
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 27)[None]

@@ -608,7 +608,8 @@ def test_known_models_have_their_known_sizes() -> None:
     """Llama 2 7B has 6,738,415,616 parameters, and Llama 3 70B has 70,553,706,496: the table in docs/many_gpus.md is of those shapes."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from penchant.models.load import add_lora, on_meta
+    from penchant.models.load import on_meta
+    from penchant.models.lora import add_lora
     from penchant.models.options import LoraConfig
 
     sizes = {name: sizes_of(SHAPES[name]) for name in ("7B", "70B")}

@@ -139,7 +139,7 @@ def trained_on(work: Path, output: str, adapter: Path | str, **more: Any) -> dic
 def test_the_reference_of_an_adapter_that_is_trained_on_is_its_start(work: Path, tmp_path: Path, kind: str) -> None:
     """Compared with peft's own modules, after training too. At step 0, policy and reference are bitwise equal."""
     from penchant.data.packing import pack
-    from penchant.models.merge import with_adapter
+    from penchant.models.lora import with_adapter
 
     config = trained_on(work, str(tmp_path / "on"), work / "lora", reference={"kind": kind})
     run = Run(config_from_mapping(config), quiet=True)

@@ -27,7 +27,8 @@ from penchant.logprobs.reference import CachedReference, LiveReference, adapter_
 from penchant.losses import LOSSES
 from penchant.losses.divergences import DivergenceKind, grad_of, value_of
 from penchant.models import merge
-from penchant.models.load import _random_state, add_lora, resolve_device, widened
+from penchant.models.load import _random_state, resolve_device, widened
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.tree_attention import tree_layout
 from penchant.runs import record

@@ -21,7 +21,8 @@ from penchant.data.packing import max_concurrent_passes, pass_tokens, plan_passe
 from penchant.logprobs import Scorer
 from penchant.logprobs.reference import LiveReference, adapter_as_it_is, adapter_off, compute_logps
 from penchant.losses import LOSSES
-from penchant.models.load import add_lora, cast_parameters
+from penchant.models.load import cast_parameters
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig
 from penchant.rewards.reward_model import CausalRewards
 from penchant.training.loop import Loop

@@ -21,7 +21,8 @@ from penchant.compare.models import trained_prompts
 from penchant.config import RunConfig, load_config, result_settings, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError, PenchantError
 from penchant.models.load import cast_parameters, load_causal_model, resolve_device, source_sha256
-from penchant.models.merge import is_adapter, model_sha256
+from penchant.models.lora import is_adapter
+from penchant.models.merge import model_sha256
 from penchant.runfolder import CONFIG, IDENTITY, MANIFEST, PIPELINE, check_intact
 from penchant.runfolder.read import read_folder
 from penchant.runs import Run

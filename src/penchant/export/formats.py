@@ -16,7 +16,8 @@ from penchant.errors import ConfigError
 from penchant.export.gguf import Q8, check_supported, dequantized, read_gguf, write_gguf
 from penchant.export.subject import DTYPE_NAMES, Subject, auto_class, read_model, round_weights
 from penchant.models.folder import read_object
-from penchant.models.merge import TOLERANCE, with_adapter
+from penchant.models.lora import with_adapter
+from penchant.models.merge import TOLERANCE
 from penchant.models.reward import SETTINGS
 from penchant.requests import ExportRequest
 

@@ -16,7 +16,8 @@ from penchant.data.templates import set_eos_token_ids
 from penchant.errors import CheckpointError
 from penchant.models.folder import check_folder, loading
 from penchant.models.load import load_causal_model, load_tokenizer, own_memory, without_cache
-from penchant.models.merge import is_adapter, merged_model, with_adapter
+from penchant.models.lora import is_adapter, with_adapter
+from penchant.models.merge import merged_model
 from penchant.models.options import ModelConfig, check_exists, check_text_alone
 from penchant.models.reward import ADAPTER, choose_padding, load_model_config, load_reward_model, set_padding
 from penchant.runfolder.read import read_folder

@@ -16,7 +16,7 @@ from penchant.data.read import Row, named_files, read_rows
 from penchant.data.tokenize import tokenize
 from penchant.errors import ConfigError, DataError, PenchantError
 from penchant.models.load import load_tokenizer
-from penchant.models.merge import is_adapter
+from penchant.models.lora import is_adapter
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import is_encoder, load_model_config
 from penchant.runs.find import resolve_model

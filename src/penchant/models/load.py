@@ -1,4 +1,4 @@
-"""Load a model, adapt it with LoRA, cast, hash and save it, and find the parts of a transformers model."""
+"""Load a model, cast, hash and save it, and find the parts of a transformers model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import importlib.util
 import inspect
 import itertools
 import json
-import logging
 import os
-import re
 import sys
-import types
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -39,7 +35,8 @@ from penchant.models.folder import (
     headers,
     loading,
 )
-from penchant.models.options import LoraConfig, ModelConfig, check_model_path
+from penchant.models.options import ModelConfig, check_model_path
+from penchant.models.quantize import dequantized, quantization, settle_quantized
 
 # ---- Load a causal model and its tokenizer from a folder or hub id, in fp32 or bf16, with or without a LoRA adapter ----
 
@@ -84,23 +81,6 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "mps":
         return torch.float32
     return torch.bfloat16 if cpu_has_bf16() else torch.float32
-
-
-def bitsandbytes(key: str, value: str) -> Any:
-    """Import bitsandbytes (8-bit and 4-bit weights), an optional dependency.
-
-    Args:
-        key, value: the config setting that needs it, for the error message.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    # on a CPU with AVX512-BF16 it warns that a kernel is missing, which is not used here (`_settle_quantized`)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    try:
-        return importlib.import_module("bitsandbytes")
-    except ImportError as error:
-        raise ConfigError(key, f"{value} needs bitsandbytes", "pip install 'penchant[bnb]'") from error
 
 
 def cpu_has_bf16() -> bool:
@@ -267,7 +247,7 @@ def _load(
             torch.manual_seed(seed)
             model = auto.from_config(model_config, dtype=torch.float32)
         else:
-            options = {"revision": cfg.revision, "dtype": within, "trust_remote_code": False} | _quantization(
+            options = {"revision": cfg.revision, "dtype": within, "trust_remote_code": False} | quantization(
                 cfg, device
             )
             text_options = {} if cfg.sees else _text_part(config)
@@ -288,107 +268,8 @@ def _load(
     if cfg.quantize == "none":
         model = model.to(device)
     else:
-        _settle_quantized(model)
+        settle_quantized(model)
     _check_behavior(cfg.path, model)
-    return model
-
-
-# ---- Frozen weights in 4 or 8 bits (bitsandbytes), below an adapter ----
-
-
-def _quantization(cfg: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """Arguments for `from_pretrained` to quantize while loading: always from fp32, so the bits do not depend on the run's dtype."""
-    if cfg.quantize == "none":
-        return {}
-    bitsandbytes("model.quantize", cfg.quantize)
-    from transformers import BitsAndBytesConfig
-
-    if cfg.quantize == "int8":
-        quantization = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,  # `cast_parameters` changes it
-        )
-    return {"quantization_config": quantization, "device_map": {"": device}}
-
-
-def is_quantized(layer: Any) -> bool:
-    """Whether a layer's weight is held in 4 or 8 bits."""
-    return type(getattr(layer, "weight", None)).__name__ in ("Params4bit", "Int8Params")
-
-
-def quantized_bytes(model: nn.Module, bits: str) -> tuple[int, int, int]:
-    """The effect of quantizing a plain model: (number of quantized weights, their bytes afterwards, weights in the largest layer).
-
-    nf4: half a byte per weight, a byte per block of 64 and 4 bytes per 256 blocks; int8: a byte per weight and 4 bytes per row.
-    """
-    head, count, stored_bytes, largest = base_model_of(model).get_output_embeddings(), 0, 0, 0
-    for name, layer in base_model_of(model).named_modules():
-        if isinstance(layer, nn.Linear) and layer is not head and "lora_" not in name and bits != "none":
-            n = layer.weight.numel()
-            blocks = -(-n // 64)
-            count, largest = count + n, max(largest, n)
-            stored_bytes += n + 4 * layer.out_features if bits == "int8" else n // 2 + blocks + 4 * -(-blocks // 256)
-    return count, stored_bytes, largest
-
-
-def whole_weight(layer: Any, name: str = "weight") -> Tensor:
-    """A layer's weight, dequantized to fp32 if it is quantized."""
-    weight = getattr(layer, name)
-    kind = type(weight).__name__
-    if kind == "Params4bit":
-        state = copy.copy(weight.quant_state)
-        state.dtype = torch.float32
-        fp32_weight: Tensor = importlib.import_module("bitsandbytes").functional.dequantize_4bit(weight.data, state)
-        return fp32_weight
-    if kind == "Int8Params":
-        return weight.data.float() * (weight.SCB / 127.0)[:, None]  # type: ignore[no-any-return]
-    return weight.detach()  # type: ignore[no-any-return]
-
-
-class _WeightOnly(torch.autograd.Function):
-    """``x W^T`` with W dequantized only during the product.
-
-    bitsandbytes would also round activations to 8 bits: a token's log-prob would then jump depending on the rest of its row.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
-        ctx.layer = layer
-        return x @ whole_weight(layer).to(x.dtype).T
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad @ whole_weight(ctx.layer).to(grad.dtype), None
-
-
-def _int8_forward(self: Any, x: Tensor) -> Tensor:
-    out = cast(Tensor, _WeightOnly.apply(x, self))  # type: ignore[no-untyped-call]
-    return out if self.bias is None else out + self.bias.to(out.dtype)
-
-
-def _settle_quantized(model: nn.Module) -> None:
-    """Make quantized layers compute the same on every processor, regardless of earlier calls."""
-    for layer in model.modules():
-        if type(getattr(layer, "weight", None)).__name__ == "Int8Params":
-            layer.forward = types.MethodType(_int8_forward, layer)
-            layer.weight.CB = layer.weight.data  # type: ignore[union-attr]  # `own_memory` replaced the tensor
-        elif is_quantized(layer):
-            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # else eval mode repacks its bits
-            layer.compute_type_is_set = True  # type: ignore[assignment]  # else the first input's dtype is kept
-
-
-def dequantized(model: Any) -> Any:
-    """Replace a model's quantized layers by plain linear layers with the same weights in fp32."""
-    for name, layer in list(model.named_modules()):
-        if is_quantized(layer):
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            linear.weight, linear.bias = nn.Parameter(whole_weight(layer)), layer.bias
-            model.set_submodule(name, linear)
-    model.hf_quantizer.remove_quantization_config(model)
     return model
 
 
@@ -604,217 +485,9 @@ def stays_wide(model: nn.Module, name: str) -> bool:
     return "lora_" not in name and any(part in plain_name(name) for part in fp32_modules)
 
 
-def add_lora(
-    model: Any, cfg: LoraConfig, seed: int, *, task: str = "CAUSAL_LM", whole: Sequence[str] = (), within: str = ""
-) -> Any:
-    """Wrap a model with a trainable LoRA adapter (peft); everything else is frozen.
-
-    Args:
-        task: peft's task type; whole: modules that are trained and saved in full, without an adapter (a new head).
-        within: name of the only module whose layers get adapters; "" for the whole model.
-
-    Papers: arXiv 2106.09685; rsLoRA 2312.03732; DoRA 2402.09353.
-    """
-    from peft import LoraConfig as PeftLoraConfig
-    from peft import get_peft_model
-
-    torch.manual_seed(seed)
-    targets = cfg.target_modules
-    peft_config = PeftLoraConfig(
-        r=cfg.r,
-        lora_alpha=cfg.alpha,  # type: ignore[arg-type]
-        lora_dropout=cfg.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        task_type=task,
-        modules_to_save=list(whole) or None,
-        exclude_modules=_below(whole) if whole else rf"(?!{re.escape(within)}\.).*" if within else None,
-        use_rslora=cfg.rslora,
-        use_dora=cfg.dora,
-    )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft uses a deprecated name of transformers
-            warnings.simplefilter("ignore", UserWarning)  # about tied weights, which check_adapter refuses
-            warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys", RuntimeWarning)  # of experts
-            with _adapters_in_fp32():
-                adapted = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
-    except ValueError as error:
-        what, how = first_line(error), "name" if targets == "all-linear" else 'use "all-linear" or names of'
-        if "not found in the base model" in what:
-            what = f"{targets if isinstance(targets, str) else ', '.join(targets)}: this model has no such layers"
-        if isinstance(targets, str) and "," in targets:
-            how = f"a list is written [{', '.join(t.strip() for t in targets.split(','))}]; {how}"
-        raise ConfigError("lora.target_modules", what, f"{how} linear layers of this model") from error
-    check_adapter(adapted)
-    return adapted
-
-
-@contextmanager
-def _adapters_in_fp32() -> Iterator[None]:
-    """Create adapters in fp32 even on bf16 weights; peft would cast them to bf16."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    original = BaseTunerLayer._get_base_layer_device_and_dtype
-
-    def wide(self: Any, layer: Any) -> tuple[Any, Any]:
-        device, dtype = original(self, layer)
-        return device, torch.float32 if dtype == torch.bfloat16 else dtype
-
-    BaseTunerLayer._get_base_layer_device_and_dtype = wide  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        BaseTunerLayer._get_base_layer_device_and_dtype = original  # type: ignore[method-assign]
-
-
-def _below(modules: Sequence[str]) -> str:
-    """A regular expression for the names of these modules and of everything in them."""
-    return r"(.*\.)?(" + "|".join(re.escape(m) for m in modules) + r")(\..*)?"
-
-
-def check_adapter(model: Any) -> None:
-    """Check on the start model that adapters can be merged, with a nonzero update on one layer of each kind.
-
-    Raises:
-        ConfigError: an adapted weight is shared with another layer, a layer's product is not one that peft supports, or the merged
-            weights give different logits from the adapter.
-    """
-    base = base_model_of(model)
-    holders: dict[int, list[str]] = {}
-    for name, module in base.named_modules(remove_duplicate=False):
-        for own, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            holders.setdefault(id(p), []).append(plain_name(f"{name}.{own}"))
-    kinds: dict[tuple[str, str], tuple[str, Any]] = {}
-    for name, module in adapters_of(base):
-        tied = [n for n in holders[id(_adapted(module))] if n != name]
-        if tied:
-            raise ConfigError(
-                "lora.target_modules",
-                f"{name} is the same weight as {tied[0]} in this model: an adapter on one of them could not be merged",
-                f"leave {name.split('.')[-2]} out of it",
-            )
-        kinds.setdefault((type(module).__name__, ".".join(re.sub(r"\d+", "", name).split(".")[-3:])), (name, module))
-    if next(base.parameters()).device.type == "meta" or base.get_output_embeddings() is None:
-        return
-    if any(map(is_quantized, base.modules())):  # all are linear layers; merging dequantizes, and checks the logits then
-        return
-    updates = [p for _, m in kinds.values() for n, p in m.named_parameters() if _starts_at_zero(n)]
-    initial = [p.detach().clone() for p in updates]
-    others = [m for _, m in adapters_of(base) if all(m is not chosen for _, chosen in kinds.values())]
-    ids = torch.arange(12, device=next(base.parameters()).device)[None] + 1
-
-    def logits(disabled: Sequence[Any]) -> Tensor:
-        for module in disabled:
-            module._disable_adapters = True
-        try:
-            return cast(Tensor, base(input_ids=ids, **without_cache(base)).logits)
-        finally:
-            for module in disabled:
-                module._disable_adapters = False
-
-    # in bf16 a merged weight would be rounded, and the layers above amplify the error
-    with widened(model), quiet(model):
-        adapters = [m for _, m in adapters_of(base)]
-        try:
-            for p in updates:
-                p.data.add_(torch.randn_like(p), alpha=0.1)
-            with _names_where_it_fails(kinds.values()):
-                adapter_logits = logits(others)
-            merged_weights = {name: (_adapted(module), merged_weight(module)) for name, module in kinds.values()}
-        finally:
-            for p, own in zip(updates, initial, strict=True):
-                p.data.copy_(own)
-        base_logits = logits(adapters)
-        originals = [(p, p.data) for p, _ in merged_weights.values()]
-        try:
-            for p, merged in merged_weights.values():
-                p.data = merged.to(p.dtype)
-            difference = float((logits(adapters) - adapter_logits).abs().max())
-        finally:
-            for p, data in originals:
-                p.data = data
-    if not difference <= 1e-3 * max(
-        float((adapter_logits - base_logits).abs().max()), 1e-3 * float(base_logits.abs().max())
-    ):
-        raise ConfigError(
-            "lora.target_modules",
-            f"merging an adapter of this model changes its logits by {difference:.2g}",
-            "name the attention's projections only, e.g. [q_proj, v_proj]",
-        )
-
-
-@contextmanager
-def _names_where_it_fails(layers: Iterable[tuple[str, Any]]) -> Iterator[None]:
-    """Turn a RuntimeError into a ConfigError naming the layer, e.g. a grouped linear layer with inputs wider than its weight."""
-    entered: list[str] = []
-    hooks = [m.register_forward_pre_hook(lambda *_, name=name: entered.append(name)) for name, m in layers]
-    try:
-        yield
-    except RuntimeError as error:
-        if not entered:
-            raise
-        kind = entered[-1].split(".")[-2]
-        what = f"peft's adapter does not fit {entered[-1]} ({first_line(error)})"
-        raise ConfigError(
-            "lora.target_modules", what, f"name this model's other linear layers, without {kind}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _starts_at_zero(name: str) -> bool:
-    """Whether a parameter is the half of an adapter that starts at zero: B, or A for an embedding."""
-    return "lora_B" in name or "lora_embedding_A" in name
-
-
-def is_b_matrix(name: str) -> bool:
-    """Whether a parameter is an adapter's B matrix, whose learning rate LoRA+ raises."""
-    return "lora_B" in name or "lora_embedding_B" in name
-
-
-def adapters_of(base: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (name of the weight in the plain model, LoRA layer) for every adapter; adapters on several weights of a module are nested."""
-    for name, module in base.named_modules():
-        if hasattr(module, "get_delta_weight"):
-            yield f"{plain_name(name)}.{getattr(module, 'parameter_name', 'weight')}", module
-
-
 def plain_name(name: str) -> str:
     """A module's or parameter's name without peft's `base_layer` parts."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
-
-
-def _adapted(module: Any) -> Tensor:
-    """The weight that a LoRA layer adapts: a linear layer's, or one of several in an expert layer."""
-    inner = module.get_base_layer()
-    return getattr(inner, getattr(module, "parameter_name", "weight"))  # type: ignore[no-any-return]
-
-
-def merged_weight(module: Any) -> Tensor:
-    """``W' = W + scale B A`` in fp32 (fp64); for DoRA ``m W' / |W'|`` with the norm of each output's weights."""
-    weight = whole_weight(module.get_base_layer(), getattr(module, "parameter_name", "weight"))
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    (name,) = module.active_adapters
-    merged = weight.to(wide) + module.get_delta_weight(name).detach().to(wide)
-    magnitude = getattr(module, "lora_magnitude_vector", {})
-    if name in magnitude:
-        dim, shape = (0, (1, -1)) if getattr(module, "fan_in_fan_out", False) else (1, (-1, 1))
-        m = magnitude[name].weight.detach().to(wide).view(shape)
-        merged *= m / torch.linalg.vector_norm(merged, dim=dim, keepdim=True)
-    return merged
-
-
-def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The trained weights in fp32 (fp64) under the base model's names, adapters merged in: ``W + scale B A``.
-
-    Args:
-        model: a causal model, or a peft model around one; masters: the optimizer's fp32 copies by parameter name.
-    """
-    base = base_model_of(model)
-    if base is model:
-        return {name: master.detach() for name, master in masters.items()}
-    return {name: merged_weight(module) for name, module in adapters_of(base)}
 
 
 def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:

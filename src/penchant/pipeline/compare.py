@@ -27,7 +27,8 @@ from penchant.compare.models import (
 )
 from penchant.errors import ConfigError
 from penchant.models.load import load_tokenizer
-from penchant.models.merge import is_adapter, model_sha256
+from penchant.models.lora import is_adapter
+from penchant.models.merge import model_sha256
 from penchant.models.options import check_text_alone
 from penchant.pipeline import Comparison, Pipeline, Ref, Resolve
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS

@@ -18,7 +18,8 @@ import yaml
 from penchant.base.files import yaml_value
 from penchant.config.several import check_folders
 from penchant.errors import CheckpointError
-from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
+from penchant.models.lora import is_adapter
+from penchant.models.merge import merge_to_folder, model_sha256
 from penchant.pipeline import Pipeline, Ref, Stage
 from penchant.pipeline.compare import Comparer, Outcome
 from penchant.plan import checkpointing, memory_warning

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,7 +25,7 @@ from penchant.logprobs import Scorer
 from penchant.models.cpu.decode import cached_tokens, can_decode_fast
 from penchant.models.cpu.head import KEEP_BYTES
 from penchant.models.cpu.layers import fast_forward
-from penchant.models.load import base_model_of, cast_parameters, held_in, quantized_bytes, size_of
+from penchant.models.load import base_model_of, cast_parameters, held_in, size_of
 from penchant.plan.outline import META, OutlinedRun, outline, parameter_counts, weight_file_bytes
 from penchant.plan.work import Work, passes_over
 from penchant.rewards.reward_model import CausalRewards, EncoderRewards, find_reward_model
@@ -374,6 +374,21 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.peak <= self.machine
+
+
+def quantized_bytes(model: nn.Module, bits: str) -> tuple[int, int, int]:
+    """The effect of quantizing a plain model: (number of quantized weights, their bytes afterwards, weights in the largest layer).
+
+    nf4: half a byte per weight, a byte per block of 64 and 4 bytes per 256 blocks; int8: a byte per weight and 4 bytes per row.
+    """
+    head, count, stored_bytes, largest = base_model_of(model).get_output_embeddings(), 0, 0, 0
+    for name, layer in base_model_of(model).named_modules():
+        if isinstance(layer, nn.Linear) and layer is not head and "lora_" not in name and bits != "none":
+            n = layer.weight.numel()
+            blocks = -(-n // 64)
+            count, largest = count + n, max(largest, n)
+            stored_bytes += n + 4 * layer.out_features if bits == "int8" else n // 2 + blocks + 4 * -(-blocks // 256)
+    return count, stored_bytes, largest
 
 
 def memory_of(run: OutlinedRun, work: Work, baseline: int, rows: int, *, counted: bool = True) -> Memory:

@@ -13,7 +13,6 @@ from penchant.logprobs.packing import attention_calls, packing_by_config
 from penchant.models.cpu.layers import fast_forward
 from penchant.models.folder import loading
 from penchant.models.load import (
-    add_lora,
     base_model_of,
     cast_parameters,
     disable_dropout,
@@ -22,6 +21,7 @@ from penchant.models.load import (
     source_sha256,
     text_config,
 )
+from penchant.models.lora import add_lora
 from penchant.models.options import ModelConfig, check_model_path
 from penchant.models.reward import HEADS, load_model_config, set_padding
 from penchant.models.tree_attention import select_attention

@@ -152,7 +152,8 @@ def sizes_of(shape: Mapping[str, int], lora: bool = False) -> Sizes:
     """Sizes of a Llama of this shape, with or without an adapter, extrapolated from models of one and two layers."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from penchant.models.load import add_lora, on_meta
+    from penchant.models.load import on_meta
+    from penchant.models.lora import add_lora
     from penchant.models.options import LoraConfig
 
     models = [on_meta(AutoModelForCausalLM, LlamaConfig(**{**shape, "num_hidden_layers": n})) for n in (1, 2)]  # type: ignore[arg-type]

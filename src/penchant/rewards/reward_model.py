@@ -32,7 +32,8 @@ from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
 from penchant.logprobs import Scorer
 from penchant.logprobs.packing import choose_packing
 from penchant.models.folder import read_object
-from penchant.models.load import DTYPES, add_lora, cast_parameters, load_tokenizer
+from penchant.models.load import DTYPES, cast_parameters, load_tokenizer
+from penchant.models.lora import add_lora
 from penchant.models.options import LoraConfig, ModelConfig
 from penchant.models.reward import (
     HEADS,

@@ -27,7 +27,8 @@ from penchant.base.machine import place_of
 from penchant.base.text import shown
 from penchant.errors import ConfigError, PenchantError, RolloutError
 from penchant.judges.endpoint import Connection, NoReplyError, connect
-from penchant.models.load import base_model_of, effective_weights, plain_name, without_cache
+from penchant.models.load import base_model_of, plain_name, without_cache
+from penchant.models.lora import effective_weights
 from penchant.rollout.generate import Sample, Settings, sample
 from penchant.rollout.options import RolloutConfig
 

@@ -14,7 +14,8 @@ from penchant.base.files import cache_folder, writing
 from penchant.config import RunConfig, default_settings, load_config, with_absolute_paths
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
 from penchant.models.load import load_causal_model, source_sha256
-from penchant.models.merge import adapter_base, is_adapter, lora_section, merge_to_folder, merged_model, model_sha256
+from penchant.models.lora import adapter_base, is_adapter, lora_section
+from penchant.models.merge import merge_to_folder, merged_model, model_sha256
 from penchant.models.options import LoraConfig, ModelConfig, check_exists, looks_like_folder
 from penchant.runfolder import (
     CHECKPOINTS,

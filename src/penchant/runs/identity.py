@@ -18,7 +18,7 @@ from penchant.data.cached import AUTO_BYTES, hashes_of
 from penchant.data.mapped import row_weights
 from penchant.errors import ModelError
 from penchant.logprobs.reference import hash_trees
-from penchant.models.merge import adapter_base, is_adapter
+from penchant.models.lora import adapter_base, is_adapter
 from penchant.models.options import looks_like_folder
 from penchant.rewards.reward_model import content_sha256, contents_beside
 from penchant.runfolder import CONTENT, IDENTITY, IN_CACHE, TOKENS, is_intact

@@ -39,17 +39,13 @@ from penchant.logprobs.reference import (
 )
 from penchant.models.activations import offload
 from penchant.models.load import (
-    add_lora,
     backbone_of,
     base_model_of,
-    bitsandbytes,
     cast_parameters,
     config_sha256,
     cpu_has_bf16,
-    effective_weights,
     freeze_eyes,
     held_in,
-    is_b_matrix,
     language_part,
     load_causal_model,
     processor_sha256,
@@ -63,8 +59,10 @@ from penchant.models.load import (
     weights_sha256,
     write_state_dict,
 )
-from penchant.models.merge import adapter_base, merged_model, model_sha256, trained_on
+from penchant.models.lora import adapter_base, add_lora, effective_weights, is_b_matrix, trained_on
+from penchant.models.merge import merged_model, model_sha256
 from penchant.models.options import ModelConfig, outside_fast_path
+from penchant.models.quantize import bitsandbytes
 from penchant.models.reward import whole_reward
 from penchant.models.router import RouterLoss, router_loss
 from penchant.rewards.reward_model import RewardScorer, make_scorer

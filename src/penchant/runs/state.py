@@ -14,7 +14,8 @@ from penchant.config import RunConfig, default_settings, result_settings
 from penchant.config.several import Member
 from penchant.data.load import Dataset
 from penchant.errors import CheckpointError
-from penchant.models.merge import is_adapter, model_sha256
+from penchant.models.lora import is_adapter
+from penchant.models.merge import model_sha256
 from penchant.models.options import check_model_path
 from penchant.rewards import load_reward
 from penchant.rewards.functions import reward_config, reward_device

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from penchant.base.lanes import side_by_side
 from penchant.distributed.shard import full, is_sharded, local
-from penchant.models.load import bitsandbytes
+from penchant.models.quantize import bitsandbytes
 
 _NORM_ELEMENTS = 1 << 22  # gradient elements per thread at a time
 _HIDDEN = re.compile(r"\.\d+\.")  # parameters of a numbered layer, so not of the embedding or a head

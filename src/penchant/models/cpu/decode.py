@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from penchant.models.cpu.layers import is_known_family, is_linear, is_plain_layer
 from penchant.models.cpu.ops import rms_norm, rotary
-from penchant.models.load import base_model_of, merged_weight
+from penchant.models.load import base_model_of
+from penchant.models.lora import merged_weight
 
 _ROW_STEP, _COLUMN_STEP = 8, 16  # sizes are rounded up: each new shape costs the matrix library a setup
 
