@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from penchant.base.files import packaged_yaml
-from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval, interval_of, num, sample_size
+from penchant.runfolder.values import FEW_ROWS, ci_of, format_decimals, format_interval, interval_of, num, sample_size
 
 # a cost is the price of a gain (the KL of a reward): lower is better, but only at the same gain
 Better = Literal["higher", "lower", "cost"]
@@ -119,11 +119,12 @@ def format_figure(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
     value, n, share = num(line, name), sample_size(line, name), metric(name).share
     if value is None:
         return "not a number"
+    spec = f".{digits}f"
     if all_tied(line, name):
-        return f"{value:.{digits}f} (tied on {n} of {n})" if n else f"{value:.{digits}f} (all tied)"
+        return f"{value:{spec}} (tied on {n} of {n})" if n else f"{value:{spec}} (all tied)"
     if share and n and n < FEW_ROWS and metric(name).null is not None:
         return f"{value * n:g} of {n}, too few to tell"
-    return f"{value:.{digits}f} {format_interval(ci_of(line, name), f'.{digits}f')}".rstrip()
+    return f"{format_decimals(value, spec)} {format_interval(ci_of(line, name), spec)}".rstrip()
 
 
 def higher_is_better(name: str) -> bool:

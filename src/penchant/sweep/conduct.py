@@ -16,6 +16,7 @@ from penchant.config.several import check_folders
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
 from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, write_summed
+from penchant.runfolder.values import format_decimals
 from penchant.runs import Run
 from penchant.runs.sharing import ObjectCache
 from penchant.runs.state import (
@@ -592,7 +593,7 @@ class SweepConductor:
         summary = f"stopped itself: {outcome['why']}" if outcome["state"] == "stopped" else f"{outcome['steps']} steps"
         metric, value = self._ranking_value(run)
         if value is not None:
-            summary = f"{metric} {value:.4f}, {summary}"
+            summary = f"{metric} {format_decimals(value, '.4f')}, {summary}"
         rung = f" in rung {self.rung}" if self.rung else ""
         suffix = f"; left{rung} {time_left}" if remaining else ""
         self.console.note(f"{self._run_label(run)}: {summary}, {duration(seconds)}{suffix}")
