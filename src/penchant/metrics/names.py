@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from penchant.base.files import packaged_yaml
+from penchant.base.text import closest
 from penchant.runfolder.values import FEW_ROWS, ci_of, format_decimals, format_interval, interval_of, num, sample_size
 
 # a cost is the price of a gain (the KL of a reward): lower is better, but only at the same gain
@@ -91,6 +92,17 @@ def metric(name: str) -> Metric:
     part, _, rest = short.partition("/")
     entry = METRICS["loss/sft"] if part == "loss" else METRICS.get(rest, Metric("", ""))
     return replace(entry, name=short, label="")
+
+
+def unknown_metric(name: str) -> str | None:
+    """What to give instead of a held-out metric (``eval/NAME``, ``eval/SET/NAME``) that the table lacks; None if it has it."""
+    parts = name.split("/")
+    entries = [metric("/".join(parts[i:])) for i in range(1, len(parts))] if parts[0] == "eval" else []
+    if any(entry.meaning and entry.logged for entry in entries):
+        return None
+    if match := closest(name, [f"eval/{n}" for n, entry in METRICS.items() if entry.logged]):
+        return f'did you mean "{match}"?'
+    return "give a held-out figure, e.g. eval/rewards/accuracies"
 
 
 TIES = {"rewards/accuracies": "rewards/ties", "win_rate": "win_rate/ties"}

@@ -378,7 +378,7 @@ def _metric(
             what = f"metric is missing, and these runs have no one ({', '.join(defaults)})"
             raise ConfigError(place, what, "set metric")
         metric = defaults[0]
-    check_metric(metric, "metric", place)
+    check_metric(metric, "metric", place, configs)
     if direction not in (None, "min", "max"):
         raise ConfigError(place_of(("direction",), places, source), f"direction is {direction!r}", "give min or max")
     return metric, higher_is_better(metric) if direction is None else direction == "max", place
