@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from penchant.base.files import yaml_value
-from penchant.config.several import check_folders
 from penchant.errors import CheckpointError
 from penchant.models.merge import is_adapter, merge_to_folder, model_sha256
 from penchant.pipeline import Pipeline, Ref, Stage
@@ -163,7 +162,6 @@ class Conductor:
         self.pipeline = pipeline
         self.quiet = quiet
         self.console = console(quiet)
-        check_folders(pipeline.output, pipeline.stages.values())
         self.state = State.read(pipeline.output)
 
     # ---- Before training ------------------------------------------------------------------------------------------

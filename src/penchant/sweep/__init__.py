@@ -27,7 +27,7 @@ from penchant.config import (
     read_mapping,
     set_key,
 )
-from penchant.config.several import Member, read_output, read_section, read_values
+from penchant.config.several import Member, check_folders, read_output, read_section, read_values
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 from penchant.metrics.names import higher_is_better
@@ -192,6 +192,7 @@ def load_sweep(config_or_path: Mapping[str, Any] | str | Path, overrides: Sequen
 
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every run's config is checked.
+        CheckpointError, DiskError: a folder cannot be used.
     """
     values, places, source = read_values(config_or_path, "sweep")
     if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
@@ -224,6 +225,7 @@ def load_sweep(config_or_path: Mapping[str, Any] | str | Path, overrides: Sequen
     cluster = read_cluster(values, places, source, configs)
     settings = {r.setting: r.config for r in reversed(runs)}
     halving = read_halving(values, places, source, settings, metric, higher)
+    check_folders(factory.output, runs)
     return Sweep(source, factory.output, runs, metric, higher, place, cluster, halving)
 
 
@@ -416,6 +418,7 @@ def _search(
         _check_run(run)
         configs.append(run.config)
     cluster = read_cluster(values, places, source, configs)
+    check_folders(factory.output, ())
     return Sweep(source, factory.output, (), *_metric(values, places, source, configs), cluster, None, config, trial)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.text import did_you_mean
-from penchant.config.several import check_folders
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
 from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, write_summed
@@ -261,7 +260,6 @@ class SweepConductor:
         self.console = QuietConsole() if quiet else PlainConsole()
         self.check_memory, self._memory_checked = check_memory, set[str]()
         self.shared = ObjectCache()
-        check_folders(sweep.output, sweep.runs)
         self.state = State.read(sweep.output)
         self.runs: list[SweepRun] = []  # known so far; a search draws them one by one
         self.report = LiveReport(sweep.output, self.console.note)
