@@ -75,6 +75,8 @@ def main() -> None:
     if args.worker:
         print(json.dumps(WORKERS[args.worker[0]](*args.worker[1:])))
         return
+    if args.whole and min(args.rows) <= FEW:
+        parser.error(f"--rows: --whole subtracts the cost of {FEW:,} rows, so give more")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)

@@ -39,6 +39,7 @@ from penchant.runs.state import check_reward, reward_terms
         (lambda: api.evaluate("nowhere", data=[None]), r"data\[0\]: is None; give a text"),
         (lambda: api.evaluate("nowhere", also={"words": 1}), "also: is of type dict; give a list"),
         (lambda: api.compare("a", 5), r"runs\[1\]: is 5; give a text or a path"),
+        (lambda: api.compare([]), r"runs\[0\]: is a list; .* compare\(\*LIST\)"),
         (lambda: api.flags(b"a"), "path: is b'a'; give a text or a path"),
         (lambda: api.report("a", output=[]), "output: is of type list; give a text, a path or None"),
         (lambda: api.export("a", to=None), "to: is None; give a text"),
@@ -73,6 +74,11 @@ from penchant.runs.state import check_reward, reward_terms
 def test_arguments_of_a_wrong_kind_are_named(call: Any, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         call()
+
+
+def test_a_missing_argument_is_named_with_its_function() -> None:
+    with pytest.raises(TypeError, match=r"flags\(\): .*path"):
+        api.flags()  # type: ignore[call-arg]
 
 
 def test_what_a_request_takes_is_kept_as_the_command_line_gives_it() -> None:

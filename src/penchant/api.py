@@ -126,7 +126,7 @@ def plan(
         gpus: numbers of GPUs for which to estimate the memory per GPU, without a probe.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError: an error that `train` would raise.
+        ConfigError, DataError, ModelError, CheckpointError, RewardError: an error that `train` would raise.
     """
     from penchant.config import load_config_with_places
     from penchant.plan import make_plan

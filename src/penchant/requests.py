@@ -113,7 +113,10 @@ def checked(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{function.__name__}(): {error}") from None
         for name, value in [*bound.arguments.items()]:
             parameter = signature.parameters[name]
             if value is None and parameter.default is not parameter.empty:
@@ -121,6 +124,8 @@ def checked(function: F) -> F:
                 continue
             several = parameter.kind is parameter.VAR_POSITIONAL
             for i, part in enumerate(value if several else [value]):
+                if several and isinstance(part, (list, tuple)):
+                    raise ConfigError(f"{name}[{i}]", "is a list", f"put a star before it: {function.__name__}(*LIST)")
                 check_type(f"{name}[{i}]" if several else name, part, parameter.annotation)
         return function(*bound.args, **bound.kwargs)
 

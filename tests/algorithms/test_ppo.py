@@ -169,6 +169,7 @@ def test_adaptive_control_follows_its_target() -> None:
     for ppo in (near, far):
         assert ppo.beta == 0.2
         ppo.begin_step(0, 0.0, [])
+        assert ppo.step_values()["beta"] == 0.2  # that of these rollouts
     drift = float((extras(near, "old") - extras(near, "ref")).sum()) / 4
     error = max(-0.2, min(0.2, drift / 1e-3 - 1))
     assert near.beta == pytest.approx(0.2 * (1 + error * 4 / 10))

@@ -49,8 +49,9 @@ def test_help_imports_nothing_heavy() -> None:
 @pytest.mark.usefixtures("live_reports")
 def test_train_eval_audit_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = _config(tmp_path)
-    assert main(["train", config, "train.epochs=2", "--quiet"]) == 0
-    out = capsys.readouterr().out
+    assert main(["train", config, "train.epochs=2"]) == 0
+    out, err = capsys.readouterr()
+    assert (out + err).count("report.html") == 1
     assert "before: preference accuracy 0.5000" in out and "after: preference accuracy" in out
     assert main(["eval", str(tmp_path / "run"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["eval/rows"] == 6

@@ -73,6 +73,9 @@ def test_a_clear_winner_is_named_from_either_side() -> None:
     text = said(up, start)
     assert "up is better than start: its mean reward is 0.79" in text and "win rate 100%" in text
     assert "its mean reward is 1.000 higher, its win rate" in said(start, candidate("even", [noise(0) + 1.0]))
+    small = candidate("small", [noise(0) + 1e-5])
+    assert "its mean reward is 1.00e-05 higher" in said(start, small)
+    assert "1.00e-05" in comparisons_table(compare_all([start, small]), "mean reward")
 
 
 def test_models_that_are_equal_have_no_winner() -> None:

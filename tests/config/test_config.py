@@ -133,6 +133,18 @@ def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
         load_config(tmp_path / "rum.yaml")
 
 
+def test_a_mistyped_metric_of_checkpoints_is_refused_unless_the_users_code_may_log_it(tmp_path: Path) -> None:
+    """It would never name a best checkpoint."""
+    text = BASE + "checkpoint: {metric: eval/rewards/acuracies}"
+    with pytest.raises(ConfigError, match=r'checkpoint.metric .*did you mean "eval/rewards/accuracies"'):
+        _load(tmp_path, text)
+    for metric in ("eval/loss", "eval/held/rewards/margins", "eval/rewards/words/mean"):
+        assert _load(tmp_path, BASE, f"checkpoint.metric={metric}").checkpoint.metric == metric
+    _load(tmp_path, text, "algorithm=rloo", f"reward={tmp_path}/mine.py:reward")
+    (tmp_path / "config.resolved.yaml").write_text(text)
+    assert load_config(tmp_path / "config.resolved.yaml").checkpoint.metric == "eval/rewards/acuracies"
+
+
 def test_overrides_win_and_make_sections(tmp_path: Path) -> None:
     config = _load(tmp_path, BASE + "train: {lr: 1e-5}", "train.lr=2e-5", "lora.r=8", "loss=sft")
     assert config.train.lr == 2e-5

@@ -277,6 +277,10 @@ def test_the_devices_of_their_run_count(tmp_path: Path) -> None:
         ("trl_grpo", {"beta": 0.04}, {"algorithm.kl_estimator": "unbiased"}),
         ("trl_grpo", {"beta": 0.04, "use_bias_correction_kl": False}, {"algorithm.kl_estimator": "k3"}),
         ("trl_sft", {"shuffle_dataset": False}, {"train.shuffle": True}),
+        ("trl_kto", {}, {"train.shuffle": False}),  # the prompts of a batch are compared with each other there
+        ("trl_kto", {"train_sampling_strategy": "random"}, {"train.shuffle": True}),
+        ("trl_dpo", {"train_sampling_strategy": "sequential"}, {"train.shuffle": False}),
+        ("lf_kto", {}, {"train.shuffle": True}),
         ("trl_ppo", {"total_episodes": None, "max_steps": 7}, {"train.max_steps": None, "train.epochs": 3.0}),
         ("lf_sft", {"optim": "adafactor", "use_muon": False}, {"train.optimizer": "adafactor"}),
         ("lf_ppo", {"max_steps": 10, "ppo_buffer_size": 2, "ppo_epochs": 3}, {"train.max_steps": 60}),

@@ -211,21 +211,32 @@ def test_defaults_of_ms_swift_that_its_trainers_change(place: Path) -> None:
             assert found[section][name] == value, (method, key)
 
 
-def test_zeros_of_axolotl_and_a_switch_that_is_off(place: Path) -> None:
-    """Axolotl reads a warm-up of 0 as none given; a switch that is off leaves a setting to the other key."""
+def test_warm_up_of_axolotl_and_a_switch_that_is_off(place: Path) -> None:
+    """A switch that is off leaves a setting to the other key; a default warm-up has at most 100 steps."""
     theirs = {"base_model": "models/tiny", "datasets": [{"path": "data/instructions.jsonl", "type": "alpaca"}]}
     more = {
         "micro_batch_size": 1,
-        "warmup_steps": 0,
         "gradient_checkpointing": True,
         "activation_offloading": False,
         "learning_rate": 1e-5,
     }
-    (place / "theirs.yaml").write_text(yaml.safe_dump({**theirs, **more, "output_dir": "o"}, sort_keys=False))
-    made = import_config(place / "theirs.yaml")
-    (place / "ours.yaml").write_text(made.yaml)
-    train = load_config(place / "ours.yaml").train
-    assert (train.warmup_fraction, train.gradient_checkpointing) == (0.03, True)
+    for steps, warmup, told in (
+        ({"warmup_steps": 0}, 0.0, False),
+        ({}, 0.03, True),
+        ({"max_steps": 1000}, 0.03, False),
+        ({"max_steps": 10_000}, 0.01, False),
+    ):
+        values = {**theirs, **more, **steps, "output_dir": "o"}
+        (place / "theirs.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+        made = import_config(place / "theirs.yaml")
+        (place / "ours.yaml").write_text(made.yaml)
+        train = load_config(place / "ours.yaml").train
+        assert (train.warmup_fraction, train.gradient_checkpointing) == (warmup, True)
+        assert ("100 steps" in made.yaml) == ("100 steps" in made.text) == told
+    kwargs = {"lr_scheduler": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "low"}}
+    (place / "theirs.yaml").write_text(yaml.safe_dump(theirs | more | kwargs))
+    with pytest.raises(ConfigError, match="lr_scheduler_kwargs: 'low' is not a number"):
+        import_config(place / "theirs.yaml")
 
 
 def _swift(folder: Path, **values: Any) -> Any:
@@ -233,6 +244,17 @@ def _swift(folder: Path, **values: Any) -> Any:
     made = import_config(folder / "theirs.yaml")
     (folder / "ours.yaml").write_text(made.yaml)
     return made, load_config(folder / "ours.yaml")
+
+
+@pytest.mark.parametrize("method", ["", "kto", "grpo"])
+def test_rows_of_ms_swift_are_shuffled_unless_both_switches_are_off(place: Path, method: str) -> None:
+    more = {"rlhf_type": method} if method else {}
+    more |= {"reward_funcs": ["accuracy"]} if method == "grpo" else {}
+    for once, again, shuffled in ((None, None, True), (False, None, True), (True, False, True), (False, False, False)):
+        switches = {"dataset_shuffle": once, "train_dataloader_shuffle": again}
+        made, config = _swift(place, dataset=["data/instructions.jsonl"], **switches, **more)
+        assert config.train.shuffle == shuffled
+        assert ("a new one in each epoch" in made.text) == (again is False and shuffled)
 
 
 def test_what_rows_of_ms_swift_hold_is_looked_at(place: Path) -> None:

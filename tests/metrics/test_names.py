@@ -107,6 +107,8 @@ def test_an_old_evaluation_on_asked_rows_is_read_as_what_it_meant() -> None:
         ({"eval/loss": 0.7, "eval/loss/ci": [0.6, 0.8], "eval/rows": 9}, "eval/loss", "0.7000"),
         ({"eval/loss": 0.7, "eval/loss/ci": [0.6, 0.8], "eval/rows": 10}, "eval/loss", "0.7000 [0.6000, 0.8000]"),
         ({"eval/loss": 0.7, "eval/loss/ci": [0.69999, 0.70001], "eval/rows": 30}, "eval/loss", "0.7000"),
+        ({"eval/kl/k3": 4.2e-5, "eval/kl/k3/ci": [-2e-5, 0.0001]}, "eval/kl/k3", "4.20e-05 [-2.00e-05, 0.0001]"),
+        ({"eval/kl/k3": 0.0}, "eval/kl/k3", "0.0000"),
         ({"eval/loss": None}, "eval/loss", "not a number"),
         ({"eval/loss": float("nan")}, "eval/loss", "not a number"),
     ],

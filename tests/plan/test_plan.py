@@ -20,7 +20,7 @@ from penchant.base.text import printable
 from penchant.cli import main
 from penchant.config import config_from_mapping, load_config, load_config_with_places
 from penchant.data.packing import pack, plan_passes, tree_tokens
-from penchant.errors import ConfigError
+from penchant.errors import CheckpointError, ConfigError
 from penchant.logprobs import Scorer, head
 from penchant.models.cpu import ops
 from penchant.models.cpu.decode import FastDecoder
@@ -656,6 +656,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_mistake_is_one_sentence(tmp_path: Path, wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", _yaml(tmp_path), wrong]) == 2
     assert capsys.readouterr().err.startswith("penchant: ")
+
+
+def test_an_output_that_train_would_refuse_is_refused(tmp_path: Path) -> None:
+    config = _config(tmp_path)
+    with pytest.raises(CheckpointError, match="is a file"):
+        api.plan(config | {"output": config["data"]["path"]}, probe=False)
 
 
 def test_control_characters_are_shown_and_not_obeyed() -> None:

@@ -240,12 +240,13 @@ def test_a_short_run_says_that_the_cache_is_for_all_rows(
 
     def advice(name: str, *overrides: str) -> bool:
         api.train(base, f"output={base['output']}/{name}", *overrides)
-        return "train.max_steps=1 uses" in capsys.readouterr().err
+        return "this short run uses" in capsys.readouterr().err
 
     one_row = "train.max_steps=1", "train.batch_size=1"
     assert not advice("frozen", *one_row, "reference.kind=frozen")
     assert advice("cached", *one_row, "reference.kind=cached")
     assert not advice("read", *one_row, "reference.kind=cached")  # the cache exists now
+    assert advice("part", "train.epochs=0.3", "reference.kind=cached", "data.limit=20")
     assert not advice("all", "train.max_steps=1", "train.batch_size=1000", "reference.kind=cached", "data.limit=30")
 
 

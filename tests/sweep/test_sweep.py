@@ -464,10 +464,11 @@ def test_what_is_met_before_anything_trains(
 def test_a_mistyped_metric_is_answered_and_costs_nothing(base: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     base["base"]["train"]["max_steps"] = 1
     entered = trained(monkeypatch)
-    with pytest.raises(
-        ConfigError, match=r'eval/rewards/acuracies, which run .*; did you mean "eval/rewards/accuracies"'
-    ):
+    with pytest.raises(ConfigError, match=r'eval/rewards/acuracies, .*; did you mean "eval/rewards/accuracies"'):
         run(base, "metric=eval/rewards/acuracies")
+    assert entered == []
+    with pytest.raises(ConfigError, match=r"eval/reward, which run .*eval/rewards/"):  # of other methods
+        run(base, "metric=eval/reward")
     assert entered == ["beta-0.1"]
     run(base)
     assert entered == ["beta-0.1", "beta-0.5"]

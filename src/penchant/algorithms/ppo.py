@@ -157,11 +157,12 @@ class PPO(OnPolicy):
     config: PPOConfig
     value_head: ValueHead
     value_scorer: Scorer | None = None
-    beta: float = field(init=False)
+    beta: float = field(init=False)  # of the next rollouts
+    used_beta: float = field(init=False)  # of the current ones
     _moments: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))  # count, mean, sum of squares
 
     def __post_init__(self) -> None:
-        self.beta = self.config.start_beta
+        self.beta = self.used_beta = self.config.start_beta
 
     # ---- rollouts ---------------------------------------------------------------------------------------------------
 
@@ -185,6 +186,7 @@ class PPO(OnPolicy):
         sizes = [sum(g.tree.trained) for g in groups]
         has_reward = None if (masks := completion_masks(groups)) is None else torch.cat(masks) > 0  # of completions
         scores = self._shape_rewards(torch.cat([g.rewards for g in groups]), has_reward).to(old.dtype)
+        self.used_beta = self.beta
         rewards = at_last_token(scores, lengths) - self.beta * divergences.kl_estimate(old, ref, cfg.kl_estimator)
         in_update = None if has_reward is None else has_reward.repeat_interleave(lengths)  # tokens that are trained on
         if cfg.whiten_rewards:
@@ -303,7 +305,7 @@ class PPO(OnPolicy):
             "kl/policy_ref": float(divergences.kl_estimate(old, ref, "k1").sum() / count),
             "kl/k3": float(divergences.kl_estimate(old, ref, "k3").sum() / count),
         }
-        return rollout_reward_metrics(groups) | kl | {"beta": self.beta} | self.rollout_values()
+        return rollout_reward_metrics(groups) | kl | {"beta": self.used_beta} | self.rollout_values()
 
     def accepts(self, means: Mapping[str, float]) -> bool:
         """False beyond `ratio_limit`, where the rollouts no longer represent the current policy."""
@@ -311,13 +313,15 @@ class PPO(OnPolicy):
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The rollouts, the adaptive beta and the running moments of rewards."""
-        own_state = {"beta": torch.tensor(self.beta, dtype=torch.float64), "moments": self._moments.clone()}
-        return OnPolicy.state_tensors(self) | own_state
+        betas = {"beta": self.beta, "used_beta": self.used_beta}
+        own_state = {name: torch.tensor(value, dtype=torch.float64) for name, value in betas.items()}
+        return OnPolicy.state_tensors(self) | own_state | {"moments": self._moments.clone()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         OnPolicy.load_state_tensors(self, tensors)
         if "beta" in tensors:
             self.beta, self._moments = float(tensors["beta"]), tensors["moments"].clone()
+            self.used_beta = float(tensors.get("used_beta", tensors["beta"]))  # older checkpoints have one
 
 
 def _update_moments(moments: Tensor, values: Tensor) -> Tensor:

@@ -32,17 +32,17 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
 
-_RECORDED: ContextVar[bool] = ContextVar("recorded", default=False)
+RECORDED: ContextVar[bool] = ContextVar("recorded", default=False)
 
 
 @contextmanager
 def recorded() -> Iterator[None]:
     """Accept a run's recorded config as is: `refuse_idle` would refuse keys that earlier versions accepted."""
-    token = _RECORDED.set(True)
+    token = RECORDED.set(True)
     try:
         yield
     finally:
-        _RECORDED.reset(token)
+        RECORDED.reset(token)
 
 
 def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -> None:
@@ -56,7 +56,7 @@ def refuse_idle(section: BaseModel, idle: Mapping[str, str], prefix: str = "") -
     Raises:
         ValueError: there is such a key; meant for validators.
     """
-    if _RECORDED.get():
+    if RECORDED.get():
         return
     for name, reason in idle.items():
         info = type(section).model_fields[name]

@@ -223,18 +223,14 @@ def _check_config(args: argparse.Namespace) -> Any:
     if config_kind is None or os.environ.get("PENCHANT_REEXECUTED"):
         return None
     if config_kind == "pipeline":
-        from penchant.config.several import check_folders
         from penchant.pipeline import load_pipeline
 
-        pipeline = load_pipeline(args.config, args.overrides)
-        check_folders(pipeline.output, pipeline.stages.values())
+        load_pipeline(args.config, args.overrides)
         return None
     if config_kind == "sweep":
-        from penchant.config.several import check_folders
         from penchant.sweep import load_sweep
 
-        sweep = load_sweep(args.config, args.overrides)
-        check_folders(sweep.output, sweep.runs)
+        load_sweep(args.config, args.overrides)
         return None
     if Path(args.config).suffix not in (".yaml", ".yml"):
         return None  # `penchant eval` also accepts the folder of a run or a model

@@ -37,7 +37,7 @@ from penchant.metrics.names import all_tied
 from penchant.rewards import load_reward
 from penchant.rewards.reward_model import PolicyText, rows_by_source
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, write_summed
-from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval
+from penchant.runfolder.values import FEW_ROWS, ci_of, format_decimals, format_interval
 from penchant.runs import Run
 from penchant.runs.find import Source
 from penchant.runs.parts import prepare_for_inference
@@ -245,7 +245,7 @@ def _format_cell(metrics: Metrics, name: str, digits: int) -> str:
     if all_tied(metrics, name):
         return "all tied"
     form = f".{digits}f"
-    return f"{metrics[name]:{form}} {format_interval(ci_of(metrics, name), form)}".rstrip()
+    return f"{format_decimals(metrics[name], form)} {format_interval(ci_of(metrics, name), form)}".rstrip()
 
 
 # ---- Named models on held-out rows: loading them, their shared setting, and the files written ----

@@ -22,7 +22,7 @@ from penchant.metrics.stats import (
     share_ci,
     sign_flip_test,
 )
-from penchant.runfolder.values import FEW_ROWS, format_interval, format_p
+from penchant.runfolder.values import FEW_ROWS, format_decimals, format_interval, format_p
 
 T = TypeVar("T")
 
@@ -299,11 +299,11 @@ def _sentence(pair: Pair, comparisons: int, prompts: int, what: str) -> Sentence
     if gap.estimate == 0.0:
         brackets = _format_brackets(gap) if gap.low < gap.high and pair.unjudged is None else ""
         return Sentence(f"{opening} neither is ahead in {what}{brackets}.", "open")
-    lead = f"{what} is {gap.estimate:.3f}{_format_brackets(gap)} higher"
+    lead = f"{what} is {_format_estimate(gap)} higher"
     if pair.unjudged is not None and rate is not None:
-        lead = f"win rate is {rate.estimate:.0%}{_format_brackets(rate, '.0%')}"
+        lead = f"win rate is {_format_estimate(rate, '.0%')}"
     elif rate is not None:
-        lead += f", its win rate {rate.estimate:.0%}{_format_brackets(rate, '.0%')}"
+        lead += f", its win rate {_format_estimate(rate, '.0%')}"
     lead += f", p {_p_clause(pair.corrected)} (corrected for {_count_comparisons(comparisons)})"
     reason = _reason_for_doubt(pair, gap, rate, level, what)
     if reason is None:
@@ -323,7 +323,7 @@ def _reason_for_doubt(
         if rate is not None and rate.estimate <= 0.5:
             return f"the figures contradict each other: the higher {what}, and no more wins than losses"
         if equal_length is not None and equal_length.high < 0.5:
-            return f"the figures contradict each other: at equal length its win rate is {equal_length.estimate:.0%}{_format_brackets(equal_length, '.0%')}"
+            return f"the figures contradict each other: at equal length its win rate is {_format_estimate(equal_length, '.0%')}"
         return None if gap.low > 0.0 else _includes_chance(pair)
     if pair.p < ALPHA:
         return f"p {_p_clause(pair.p)} by itself is not small enough among so many comparisons"
@@ -341,7 +341,7 @@ def _includes_chance(pair: Pair) -> str:
 def _length_caveat(rate: Interval | None, equal_length: Interval | None) -> str:
     if rate is None or equal_length is None or equal_length.low > 0.5:
         return ""
-    return f" At equal length its win rate is {equal_length.estimate:.0%}{_format_brackets(equal_length, '.0%')}: length may be why it wins."
+    return f" At equal length its win rate is {_format_estimate(equal_length, '.0%')}: length may be why it wins."
 
 
 def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None = None) -> str:
@@ -353,13 +353,17 @@ def comparisons_table(pairs: Sequence[Pair], what: str, comparisons: int | None 
     rows[0] += ["p", f"p corrected for {_count_comparisons(len(pairs) if comparisons is None else comparisons)}"]
     for p in pairs:
         row = [f"{p.name} - {p.other}"]
-        row += [] if by_pairs else [f"{p.difference.estimate:.3f}{_format_brackets(p.difference)}"]
+        row += [] if by_pairs else [_format_estimate(p.difference)]
         if has_win_rates and p.ties == 1.0:
             row += ["all tied", "-"]
         elif has_win_rates:
-            row += [f"{i.estimate:.3f}{_format_brackets(i)}" if i else "-" for i in (p.win_rate, p.equal_length)]
+            row += [_format_estimate(i) if i else "-" for i in (p.win_rate, p.equal_length)]
         rows.append([*row, format_p(p.p), format_p(p.corrected)])
     return columns(rows)
+
+
+def _format_estimate(interval: Interval, format_spec: str = ".3f") -> str:
+    return format_decimals(interval.estimate, format_spec) + _format_brackets(interval, format_spec)
 
 
 def _format_brackets(interval: Interval, format_spec: str = ".3f") -> str:

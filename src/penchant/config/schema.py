@@ -12,12 +12,13 @@ from penchant.algorithms import ALGORITHMS, AlgorithmConfig, Method, find_algori
 from penchant.algorithms.offline import Losses
 from penchant.base.files import file_sha256
 from penchant.base.functions import imported_sha256, is_own, own_file
-from penchant.base.section import Section, refuse_idle
+from penchant.base.section import RECORDED, Section, refuse_idle
 from penchant.data.options import DataConfig
 from penchant.distributed.options import LaunchConfig
 from penchant.errors import ConfigError
 from penchant.flags.rule import TrustConfig
 from penchant.losses.section import LossConfig, LossModifiers
+from penchant.metrics.names import unknown_metric
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import RewardConfig, kind_of
 from penchant.rollout.options import PLACES, RolloutConfig
@@ -169,6 +170,13 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_metric(self) -> RunConfig:
+        name = self.checkpoint.metric
+        if not RECORDED.get() and (how := self.unknown_metric(name)):
+            raise ValueError(f"checkpoint.metric is {name}, which no evaluation of such a run has; {how}")
+        return self
+
+    @model_validator(mode="after")
     def _check_vision(self) -> RunConfig:
         """Allow pictures only for losses on given answers, in one process; no completions are sampled for such prompts."""
         if not self.model.sees:
@@ -208,6 +216,13 @@ class RunConfig(Section):
     def method(self) -> Method:
         """The training method: the algorithm, or the losses if there is none."""
         return Losses(self.loss) if self.algorithm is None else self.algorithm
+
+    def unknown_metric(self, name: str) -> str | None:
+        """What to give instead of a held-out metric that such a run never logs; None if it may, as code of the user can log any."""
+        code = [c.spec.fn for c in self.loss.components] if self.algorithm is None else [type(self.algorithm)]
+        rewards = [r for config in (self.reward, self.evaluation.reward) if config is not None for r in config.terms]
+        own = any(map(is_own, rewards)) or not all(part.__module__.startswith("penchant.") for part in code)
+        return None if own else unknown_metric(name)
 
     def own_contents(self) -> dict[str, str]:
         """SHA-256 of the user's own loss, algorithm and environment files by name, and of their imports as ``NAME: helper.py``."""

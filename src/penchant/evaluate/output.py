@@ -14,7 +14,7 @@ from penchant.evaluate.evaluator import EvaluationResult
 from penchant.metrics.names import all_tied, metric
 from penchant.requests import EvalRequest
 from penchant.runfolder import EVALUATIONS, IDENTITY, LINE_SUM, MetricsLog, line_sha256, nan_to_none
-from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval, interval_of
+from penchant.runfolder.values import FEW_ROWS, ci_of, format_decimals, format_interval, interval_of
 
 NO_FIGURE = ("tables", "notes")
 COUNT = "/n"
@@ -68,7 +68,7 @@ def format_table(metrics: Mapping[str, Any], whole: bool = True) -> str:
     lines = []
     for name in names:
         value = metrics[name]
-        text = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
+        text = format_decimals(value, ",.4f") if isinstance(value, float) else printable(str(value))
         line = f"{printable(name):<{width}} {text:>12}"
         if isinstance(value, float):
             count = _count_text(metrics, name)

@@ -18,7 +18,7 @@ from penchant.export.subject import Subject
 from penchant.metrics.names import metric
 from penchant.models.options import looks_like_folder
 from penchant.runfolder.read import Folder, read_folder
-from penchant.runfolder.values import ci_of, mapping, num
+from penchant.runfolder.values import ci_of, format_decimals, mapping, num
 
 CARD = "README.md"
 OMITTED_SETTINGS = ("output", "logging", "trust", "checkpoint")  # settings that do not affect the weights
@@ -167,9 +167,9 @@ def _results(metrics: Sequence[Mapping[str, Any]], step: int) -> str:
         start, interval = num(before, name), ci_of(after, name)
         cells = [
             escape_markdown(name.removeprefix("eval/")),
-            "" if start is None else f"{start:.4f}",
-            f"{value:.4f}",
-            "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}",
+            "" if start is None else format_decimals(start, ".4f"),
+            format_decimals(value, ".4f"),
+            "" if interval is None else " to ".join(format_decimals(end, ".4f") for end in interval),
             escape_markdown(metric(name).meaning),
         ]
         rows.append(f"| {' | '.join(cells)} |")

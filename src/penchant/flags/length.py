@@ -22,7 +22,7 @@ from penchant.flags.rule import (
     percent,
 )
 from penchant.metrics.stats import Interval, bootstrap_ci, length_controlled_win_rate, wilson
-from penchant.runfolder.values import ci_of, num
+from penchant.runfolder.values import ci_of, mapping, num
 
 # ---- Completions that become longer, and data that teach length ----
 
@@ -152,13 +152,13 @@ def _win_rates_from_rows(view: ComparisonView, name: str) -> tuple[Interval, Int
     """Win rate, raw and at equal length, of a model's completions over the first model's, by the rewards in the rows."""
     wins, lengths, other_lengths, prompts = [], [], [], []
     for row in view.rows:
-        completions = row.get("completions") or {}
-        a, b = completions.get(name), completions.get(view.first)
-        if not a or not b or "reward" not in a or "reward" not in b:
+        both = [mapping(row.get("completions")).get(model) for model in (name, view.first)]
+        (reward, other), (length, other_length) = ([num(m, key) for m in both] for key in ("reward", "tokens"))
+        if reward is None or other is None or length is None or other_length is None:
             continue
-        wins.append(float(a["reward"] > b["reward"]) + 0.5 * float(a["reward"] == b["reward"]))
-        lengths.append(float(a["tokens"]))
-        other_lengths.append(float(b["tokens"]))
+        wins.append(float(reward > other) + 0.5 * float(reward == other))
+        lengths.append(length)
+        other_lengths.append(other_length)
         prompts.append(str(row.get("prompt")))
     if len(set(prompts)) < 2:
         return None

@@ -11,6 +11,7 @@ from penchant.importers import hf, trl
 from penchant.importers.rules import OFF, Line, ToolConfig, integer, layers, number, rules_of, source, table
 
 TABLE = table("axolotl")
+LONGEST_WARMUP = 100  # steps, if the file sets none
 
 
 def total_batch(config: ToolConfig) -> Iterator[Line]:
@@ -25,12 +26,15 @@ def total_batch(config: ToolConfig) -> Iterator[Line]:
 
 
 def lr_schedule(config: ToolConfig) -> Iterator[Line]:
-    """The learning rate schedule, and cosine_min_lr_ratio."""
-    unset = [k for k in ("warmup_steps", "warmup_ratio") if config.sets(k) and config[k] == 0]
-    values = {k: v for k, v in config.values.items() if k not in unset}
-    yield from hf.schedule(ToolConfig(values, config.defaults, config.devices, config.folder))
-    for key in unset:
-        yield config.line([key], "same", note="0 is as if it were not set there")
+    """The learning rate schedule, whose default warm-up has at most 100 steps, and cosine_min_lr_ratio."""
+    yield from hf.schedule(config)
+    if not config.sets("warmup_steps", "warmup_ratio") and config["lr_scheduler_type"] != "constant":
+        total = number(config["max_steps"] or 0)
+        if total * number(config["warmup_ratio"]) > LONGEST_WARMUP:
+            yield config.line(["max_steps"], "translated", {"train.warmup_fraction": LONGEST_WARMUP / total})
+        elif not total:
+            how = f"at most {LONGEST_WARMUP} steps there: if that is less, set train.warmup_fraction to {LONGEST_WARMUP} / all steps"
+            yield config.line(["warmup_ratio"], "unsupported", note=how)
     if config.sets("cosine_min_lr_ratio"):
         ours = {"train.min_lr_fraction": number(config["cosine_min_lr_ratio"])}
         cosine = config["lr_scheduler_type"] == "cosine"

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from penchant.importers import hf, trl
@@ -29,10 +30,19 @@ def train_batch(config: ToolConfig) -> Iterator[Line]:
     yield config.line(keys, "translated", {"train.batch_size": rows * accumulation * config.devices}, note)
 
 
+def shuffle(config: ToolConfig) -> Iterator[Line]:
+    """Whether rows are shuffled: once when they are read, and again in each epoch."""
+    keys = ("dataset_shuffle", "train_dataloader_shuffle")
+    once, again = (config[k] is None or flag(config[k]) for k in keys)
+    if config.sets(*keys):
+        note = "one order for all epochs there, a new one in each epoch here" if once and not again else ""
+        yield config.line(keys, "translated", {"train.shuffle": once or again}, note)
+
+
 def ppo_batch(config: ToolConfig) -> Iterator[Line]:
     """PPO's batch, with the accumulation of `train_batch`."""
     defaults = {**config.defaults, "gradient_accumulation_steps": _accumulation(config)}
-    yield from hf.ppo_batch(ToolConfig(config.values, defaults, config.devices, config.folder))
+    yield from hf.ppo_batch(replace(config, defaults=defaults))
 
 
 def learning_rate(config: ToolConfig) -> Iterator[Line]:
@@ -263,5 +273,16 @@ def guess(values: Mapping[str, Any], name: str) -> str:
     return str(values.get("rlhf_type") or "sft")
 
 
-OWN = (train_batch, ppo_batch, learning_rate, dtype, tuner, datasets, loss_scale, truncation, advantage_estimator)
+OWN = (
+    train_batch,
+    shuffle,
+    ppo_batch,
+    learning_rate,
+    dtype,
+    tuner,
+    datasets,
+    loss_scale,
+    truncation,
+    advantage_estimator,
+)
 SOURCE = source("ms-swift", (*hf.DERIVATIONS, *trl.DERIVATIONS, *OWN), guess)

@@ -53,17 +53,22 @@ class Line:
     is_set: bool = True
 
 
+@dataclass
 class ToolConfig:
-    """Their settings: the file's values over their tool's defaults."""
+    """Their settings: the file's values over their tool's defaults.
 
-    def __init__(
-        self, values: Mapping[str, Any], defaults: Mapping[str, Any], devices: int = 1, folder: str = "."
-    ) -> None:
-        self.values, self.defaults, self.devices, self.folder = values, defaults, devices, folder
-        self.last = ""  # the last key read, which an error about its value names
+    Args:
+        read: ends with the last key read, which an error about its value names; shared with copies.
+    """
+
+    values: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    devices: int = 1
+    folder: str = "."
+    read: list[str] = field(default_factory=lambda: [""])
 
     def __getitem__(self, key: str) -> Any:
-        self.last = key
+        self.read[:] = [key]
         return self.values[key] if key in self.values else self.defaults.get(key)
 
     def sets(self, *keys: str) -> bool:
@@ -357,12 +362,9 @@ def translate(
             config.devices = max(devices, integer(config[source.devices] or 1))
         lines = _lines(renamed_values, original_names, source, method, config)
     except (ValueError, TypeError, AttributeError, LookupError, ZeroDivisionError) as error:
-        reason = (
-            str(error)
-            if isinstance(error, Untranslatable)
-            else f"{repr(config[config.last])[:60]} cannot be understood"
-        )
-        raise Untranslatable(f"{original_names.get(config.last, config.last)}: {reason}") from error
+        key = config.read[-1]
+        reason = str(error) if isinstance(error, Untranslatable) else f"{repr(config[key])[:60]} cannot be understood"
+        raise Untranslatable(f"{original_names.get(key, key)}: {reason}") from error
     restored = [replace(line, theirs=tuple((original_names.get(k, k), v) for k, v in line.theirs)) for line in lines]
     effective = _without_idle(restored, method)
     # `unset_lines` already has the file's key names

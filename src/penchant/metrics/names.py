@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from penchant.base.files import packaged_yaml
-from penchant.runfolder.values import FEW_ROWS, ci_of, format_interval, interval_of, num, sample_size
+from penchant.base.text import closest
+from penchant.runfolder.values import FEW_ROWS, ci_of, format_decimals, format_interval, interval_of, num, sample_size
 
 # a cost is the price of a gain (the KL of a reward): lower is better, but only at the same gain
 Better = Literal["higher", "lower", "cost"]
@@ -93,6 +94,17 @@ def metric(name: str) -> Metric:
     return replace(entry, name=short, label="")
 
 
+def unknown_metric(name: str) -> str | None:
+    """What to give instead of a held-out metric (``eval/NAME``, ``eval/SET/NAME``) that the table lacks; None if it has it."""
+    parts = name.split("/")
+    entries = [metric("/".join(parts[i:])) for i in range(1, len(parts))] if parts[0] == "eval" else []
+    if any(entry.meaning and entry.logged for entry in entries):
+        return None
+    if match := closest(name, [f"eval/{n}" for n, entry in METRICS.items() if entry.logged]):
+        return f'did you mean "{match}"?'
+    return "give a held-out figure, e.g. eval/rewards/accuracies"
+
+
 TIES = {"rewards/accuracies": "rewards/ties", "win_rate": "win_rate/ties"}
 
 
@@ -119,11 +131,12 @@ def format_figure(line: Mapping[str, Any], name: str, digits: int = 4) -> str:
     value, n, share = num(line, name), sample_size(line, name), metric(name).share
     if value is None:
         return "not a number"
+    spec = f".{digits}f"
     if all_tied(line, name):
-        return f"{value:.{digits}f} (tied on {n} of {n})" if n else f"{value:.{digits}f} (all tied)"
+        return f"{value:{spec}} (tied on {n} of {n})" if n else f"{value:{spec}} (all tied)"
     if share and n and n < FEW_ROWS and metric(name).null is not None:
         return f"{value * n:g} of {n}, too few to tell"
-    return f"{value:.{digits}f} {format_interval(ci_of(line, name), f'.{digits}f')}".rstrip()
+    return f"{format_decimals(value, spec)} {format_interval(ci_of(line, name), spec)}".rstrip()
 
 
 def higher_is_better(name: str) -> bool:

@@ -17,7 +17,7 @@ from penchant.distributed.shard import gathered
 from penchant.distributed.world import current
 from penchant.errors import ModelError
 from penchant.models.folder import check_built, check_finite, check_folder, check_layers, config_of, loading
-from penchant.models.load import base_model_of, disable_dropout, on_meta, plain_name, save_model, without_report
+from penchant.models.load import base_model_of, disable_dropout, on_meta, plain_name, save_model, stays_wide, without_report
 from penchant.models.lora import effective_weights
 from penchant.models.options import ModelConfig, check_model_path
 
@@ -281,7 +281,9 @@ def whole_reward(
     if base_model_of(model) is model:
         return sharded
     state = whole_state_dict(model, masters)
-    return state if sharded is None else gathered(state.items(), current(), dtype)
+    if sharded is None:
+        return state
+    return gathered(state.items(), current(), dtype, {name for name in state if stays_wide(model, name)})
 
 
 # ---- A value for every token: a linear head on the hidden states of the policy or of a separate model ----

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from penchant.base.section import Section
 from penchant.base.text import did_you_mean, repeated
 from penchant.config import Places, RunConfig, apply_overrides, merge_settings, place_of
-from penchant.config.several import Member, read_output, read_section, read_values
+from penchant.config.several import Member, check_folders, read_output, read_section, read_values
 from penchant.errors import ConfigError
 from penchant.rewards.builtin import BUILT_IN, RewardConfig
 
@@ -177,6 +177,7 @@ def load_pipeline(definition: Mapping[str, Any] | str | Path, overrides: Sequenc
 
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every stage's config is checked.
+        CheckpointError, DiskError: a folder cannot be used.
     """
     values, places, source = read_values(definition, "pipeline")
     names = list(values["stages"]) if isinstance(values.get("stages"), dict) else []
@@ -201,7 +202,9 @@ def load_pipeline(definition: Mapping[str, Any] | str | Path, overrides: Sequenc
             place_of(("reward",), stage.places, stage.place),
             f"stages.{stage.name}: reward",
         )
-    return Pipeline(source, folder, members, _comparison(values, members, places, source))
+    comparison = _comparison(values, members, places, source)
+    check_folders(folder, members.values())
+    return Pipeline(source, folder, members, comparison)
 
 
 def _section(values: Mapping[str, Any], name: str, places: Places, source: str) -> dict[str, Any]:

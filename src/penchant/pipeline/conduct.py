@@ -16,7 +16,6 @@ from typing import Any
 import yaml
 
 from penchant.base.files import yaml_value
-from penchant.config.several import check_folders
 from penchant.errors import CheckpointError
 from penchant.models.lora import is_adapter
 from penchant.models.merge import merge_to_folder, model_sha256
@@ -164,7 +163,6 @@ class Conductor:
         self.pipeline = pipeline
         self.quiet = quiet
         self.console = console(quiet)
-        check_folders(pipeline.output, pipeline.stages.values())
         self.state = State.read(pipeline.output)
 
     # ---- Before training ------------------------------------------------------------------------------------------

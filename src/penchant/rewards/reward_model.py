@@ -235,14 +235,14 @@ class RewardModel:
 
     def score_trees(self, trees: Sequence[TokenTree]) -> list[float]:
         """The reward of each completion of rollouts, tree by tree; one that did not end by itself is scored without EOS."""
-        direct = [  # tree by tree: a reward must not depend on what else is scored
-            self._same_format and len(t.prompt_ids) + max(map(len, t.completion_ids)) <= self.max_length for t in trees
-        ]
-        of_ids = iter(rewards_of(self.scorer, [t for t, fits in zip(trees, direct, strict=True) if fits]))
-        of_texts = iter(self._rewards_of_texts([t for t, fits in zip(trees, direct, strict=True) if not fits]))
-        return [
-            next(of_ids if fits else of_texts) for t, fits in zip(trees, direct, strict=True) for _ in t.completion_ids
-        ]
+
+        def is_direct(tree: TokenTree) -> bool:  # tree by tree: a reward must not depend on what else is scored
+            longest = max(map(len, tree.completion_ids))
+            return self._same_format and len(tree.prompt_ids) + longest <= self.max_length
+
+        of_ids = iter(rewards_of(self.scorer, [t for t in trees if is_direct(t)]))
+        of_texts = iter(self._rewards_of_texts([t for t in trees if not is_direct(t)]))
+        return [next(of_ids if is_direct(t) else of_texts) for t in trees for _ in t.completion_ids]
 
     def _rewards_of_texts(self, trees: Sequence[TokenTree]) -> list[float]:
         """The rewards of rollouts whose prompts and completions are tokenized again."""
@@ -300,7 +300,7 @@ def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
     return replace(tree, completion_ids=(ids[:-1],)) if len(ids) > 1 and int(ids[-1]) in ends else tree
 
 
-def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
+def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree]) -> list[float]:
     """The reward of every completion, tree by tree, without gradient."""
     if not trees:
         return []
@@ -310,7 +310,7 @@ def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step
     scorer.model.eval()
     with torch.no_grad():
         passes = run_passes(
-            scorer.rewards, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=scorer.side_by_side
+            scorer.rewards, trees, TOKENS_PER_STEP, shared=scorer.shared, device=device, lanes=scorer.side_by_side
         )
         for members, values in passes:
             sizes = [len(trees[i].completion_ids) for i in members]

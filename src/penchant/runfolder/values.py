@@ -45,11 +45,17 @@ def ci_of(row: Any, key: str) -> tuple[float, float] | None:
     return None if interval is None or too_few or interval[0] == interval[1] else interval
 
 
+def format_decimals(value: float, format_spec: str) -> str:
+    """``0.583``; with an exponent if all its decimals would be 0 although the value is not: ``1.20e-05``."""
+    text = f"{value:{format_spec}}"
+    return f"{value:.2e}" if value and format_spec.endswith("f") and not text.strip("-0.") else text
+
+
 def format_interval(interval: tuple[float, float] | None, format_spec: str) -> str:
     """``[low, high]``; empty if there is no interval or rounding leaves it without a width."""
     if interval is None:
         return ""
-    low, high = (f"{end:{format_spec}}" for end in interval)
+    low, high = (format_decimals(end, format_spec) for end in interval)
     return "" if low.lstrip("-") == high.lstrip("-") else f"[{low}, {high}]"
 
 

@@ -322,8 +322,6 @@ class Run:
                 flags = write_flags(self.folder, self.console.note)
                 report.now()
                 mirrors.finish("finished", nan_to_none(loop.state.last_eval))
-        if report.path.is_file():
-            self.console.note(f"report: {report.path}")
         evals = [line for line in read_folder(self.folder).metrics if line["kind"] == "eval"]
         result = TrainResult(
             folder=self.folder,

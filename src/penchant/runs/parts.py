@@ -419,7 +419,9 @@ def gathered_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state dict of a sharded model, complete on rank 0 and empty elsewhere; tied weights share memory there too."""
     parameters = list(model.state_dict(keep_vars=True).items())
     name_of = {id(p): name for name, p in reversed(parameters)}
-    tensors = gathered(((name, p) for name, p in parameters if name_of[id(p)] == name), current(), dtype)
+    named = ((name, p) for name, p in parameters if name_of[id(p)] == name)
+    uncast = {name for name, p in parameters if not isinstance(p, torch.nn.Parameter) or stays_wide(model, name)}
+    tensors = gathered(named, current(), dtype, uncast)
     return {name: tensors[name_of[id(p)]] for name, p in parameters} if tensors else {}
 
 
@@ -613,12 +615,12 @@ def _cached_reference(built: Built, live: LiveReference, rows: Rows, shared: Unc
         sha256 = start_sha256(parts.config, live.scorer.model, reference_source(parts.config), shared)
     train = parts.config.train
     for name, (trees, path) in cache_paths(parts.config, rows, sha256, live.scorer.model).items():
-        used = train.batch_size * (train.max_steps or len(trees))
+        used = round(min(train.epochs * len(trees), train.batch_size * (train.max_steps or len(trees))))
         if name == "training" and 2 * used <= len(trees) and not path.exists():
             by_step = "adapter" if parts.config.lora else "frozen"
             console.note(
-                f"reference log-probs are computed for all {len(trees):,} training rows; train.max_steps={train.max_steps} uses "
-                f"{used:,} of them. reference.kind={by_step} computes them step by step instead"
+                f"reference log-probs are computed for all {len(trees):,} training rows; this short run uses {used:,} "
+                f"of them. reference.kind={by_step} computes them step by step instead"
             )
         cached, was_cached = cached_reference(
             live,

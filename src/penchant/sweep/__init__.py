@@ -27,7 +27,7 @@ from penchant.config import (
     read_mapping,
     set_key,
 )
-from penchant.config.several import Member, read_output, read_section, read_values
+from penchant.config.several import Member, check_folders, read_output, read_section, read_values
 from penchant.errors import ConfigError
 from penchant.losses import LOSSES
 from penchant.metrics.names import higher_is_better
@@ -192,6 +192,7 @@ def load_sweep(config_or_path: Mapping[str, Any] | str | Path, overrides: Sequen
 
     Raises:
         ConfigError: with ``file:line: what, how to fix``. Every run's config is checked.
+        CheckpointError, DiskError: a folder cannot be used.
     """
     values, places, source = read_values(config_or_path, "sweep")
     if not set(values) & {"base", "grid", "runs", "search"} and "model" in values:
@@ -224,6 +225,7 @@ def load_sweep(config_or_path: Mapping[str, Any] | str | Path, overrides: Sequen
     cluster = read_cluster(values, places, source, configs)
     settings = {r.setting: r.config for r in reversed(runs)}
     halving = read_halving(values, places, source, settings, metric, higher)
+    check_folders(factory.output, runs)
     return Sweep(source, factory.output, runs, metric, higher, place, cluster, halving)
 
 
@@ -378,7 +380,7 @@ def _metric(
             what = f"metric is missing, and these runs have no one ({', '.join(defaults)})"
             raise ConfigError(place, what, "set metric")
         metric = defaults[0]
-    check_metric(metric, "metric", place)
+    check_metric(metric, "metric", place, configs)
     if direction not in (None, "min", "max"):
         raise ConfigError(place_of(("direction",), places, source), f"direction is {direction!r}", "give min or max")
     return metric, higher_is_better(metric) if direction is None else direction == "max", place
@@ -416,6 +418,7 @@ def _search(
         _check_run(run)
         configs.append(run.config)
     cluster = read_cluster(values, places, source, configs)
+    check_folders(factory.output, ())
     return Sweep(source, factory.output, (), *_metric(values, places, source, configs), cluster, None, config, trial)
 
 

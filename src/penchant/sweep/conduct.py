@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from penchant.base.text import did_you_mean
-from penchant.config.several import check_folders
 from penchant.errors import CheckpointError, ConfigError, PenchantError
 from penchant.report import LiveReport
 from penchant.runfolder import IDENTITY, PIPELINE, SWEEP, RunLock, differences, write_summed
+from penchant.runfolder.values import format_decimals
 from penchant.runs import Run
 from penchant.runs.sharing import ObjectCache
 from penchant.runs.state import (
@@ -260,7 +260,6 @@ class SweepConductor:
         self.console = QuietConsole() if quiet else PlainConsole()
         self.check_memory, self._memory_checked = check_memory, set[str]()
         self.shared = ObjectCache()
-        check_folders(sweep.output, sweep.runs)
         self.state = State.read(sweep.output)
         self.runs: list[SweepRun] = []  # known so far; a search draws them one by one
         self.report = LiveReport(sweep.output, self.console.note)
@@ -592,7 +591,7 @@ class SweepConductor:
         summary = f"stopped itself: {outcome['why']}" if outcome["state"] == "stopped" else f"{outcome['steps']} steps"
         metric, value = self._ranking_value(run)
         if value is not None:
-            summary = f"{metric} {value:.4f}, {summary}"
+            summary = f"{metric} {format_decimals(value, '.4f')}, {summary}"
         rung = f" in rung {self.rung}" if self.rung else ""
         suffix = f"; left{rung} {time_left}" if remaining else ""
         self.console.note(f"{self._run_label(run)}: {summary}, {duration(seconds)}{suffix}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import mean
 from typing import Any
@@ -122,7 +122,7 @@ def read_halving(
     config = read_section(HalvingConfig, "halving", values, places, source, "write halving: {rungs: 3, factor: 3}")
     halving_metric = config.metric or metric
     place = place_of(("halving", "metric"), places, place) if config.metric else place
-    check_metric(halving_metric, "halving.metric", place)
+    check_metric(halving_metric, "halving.metric", place, settings.values())
     if len(settings) < 2:
         raise ConfigError(place, "there is one setting only, so nothing can be halved", "leave halving out")
     losses = {json.dumps(c.loss.to_mapping(), sort_keys=True) for c in settings.values()}
@@ -134,7 +134,10 @@ def read_halving(
     return Halving(config.rungs, config.factor, halving_metric, higher_wins, place)
 
 
-def check_metric(metric: Any, key: str, place: str) -> None:
-    """Raise ConfigError unless `metric` is a held-out metric."""
+def check_metric(metric: Any, key: str, place: str, configs: Collection[RunConfig]) -> None:
+    """Raise ConfigError unless `metric` is a held-out metric that one of the runs may have."""
     if not isinstance(metric, str) or not metric.startswith("eval/") or metric.endswith("/ci"):
         raise ConfigError(place, f"{key} is {metric!r}", "give a held-out figure, e.g. eval/rewards/accuracies")
+    advice = [how for c in configs if (how := c.unknown_metric(metric))]
+    if len(advice) == len(configs):
+        raise ConfigError(place, f"{key} is {metric}, which no run has", advice[0])

@@ -10,7 +10,7 @@ from typing import Any
 
 from penchant.base.text import columns
 from penchant.metrics.names import SELECTION_CAVEAT
-from penchant.runfolder.values import ci_of
+from penchant.runfolder.values import ci_of, format_decimals, format_interval
 from penchant.sweep import SEED, SweepRun
 from penchant.sweep.halving import LOSS_UNIT_METRICS
 
@@ -166,15 +166,15 @@ def _cut_rank(row: Row) -> tuple[int, int]:
 
 
 def _format_value(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else format_decimals(value, ".4f")
 
 
 def _spread(row: Row) -> str:
     if len(row.values) > 1:
-        return f"sd {stdev(row.values):.4f} over seeds, {min(row.values):.4f} to {max(row.values):.4f}"
-    if row.interval is not None:
-        return f"95% by prompt [{row.interval[0]:.4f}, {row.interval[1]:.4f}]"
-    return "-"
+        figures = map(_format_value, (stdev(row.values), min(row.values), max(row.values)))
+        return "sd {} over seeds, {} to {}".format(*figures)
+    interval = format_interval(row.interval, ".4f")
+    return f"95% by prompt {interval}" if interval else "-"
 
 
 def _runs(row: Row) -> str:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 from penchant.base.text import counted, for_terminal, unescaped
+from penchant.runfolder.values import format_decimals
 
 SHOWN = {
     "loss": "loss",
@@ -37,7 +38,7 @@ def figures(metrics: Mapping[str, Any], prefix: str = "") -> str:
     for name, label in SHOWN.items():
         value = metrics.get(prefix + name)
         if value is not None and not (too_few and name == "rewards/accuracies"):
-            parts.append(f"{label} {value:.2e}" if name == "lr" else f"{label} {value:.4f}")
+            parts.append(f"{label} {value:.2e}" if name == "lr" else f"{label} {format_decimals(value, '.4f')}")
     return "  ".join(parts)
 
 
