@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -252,16 +252,22 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
 
 
-def gathered(named: Iterable[tuple[str, Tensor]], world: World, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def gathered(
+    named: Iterable[tuple[str, Tensor]],
+    world: World,
+    dtype: torch.dtype | None = None,
+    uncast: Collection[str] = (),
+) -> dict[str, Tensor]:
     """Gather tensors by name into rank 0's host memory, one at a time; the result is empty on other ranks.
 
     Args:
-        dtype: floating-point tensors are cast to it, before they leave the device.
+        dtype: floating-point tensors are cast to it, before they leave the device, except those named in `uncast`.
     """
     tensors = {}
     for name, tensor in named:
         value = full(tensor.detach())
         if world.leads:
-            target_dtype = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            is_cast = value.is_floating_point() and name not in uncast
+            target_dtype = dtype if dtype is not None and is_cast else value.dtype
             tensors[name] = value.to("cpu", target_dtype, copy=True)
     return tensors

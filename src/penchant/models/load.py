@@ -818,13 +818,16 @@ def effective_weights(model: Any, masters: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def weights_sha256(model: nn.Module, dtype: torch.dtype | None = None) -> str:
-    """SHA-256 over names, dtypes and bytes of all parameters (cast to `dtype`) except adapters: what a cached reference depends on."""
-    named = (
-        (n.replace(".base_layer", ""), full(p)) for n, p in base_model_of(model).named_parameters() if "lora_" not in n
-    )
-    return tensors_sha256(
+    """SHA-256 over names, dtypes and bytes of all parameters (cast to `dtype`) except adapters, and of saved buffers: what a
+    cached reference depends on.
+    """
+    base = base_model_of(model)
+    named = ((n.replace(".base_layer", ""), full(p)) for n, p in base.named_parameters() if "lora_" not in n)
+    cast_weights = (
         (n, p if dtype is None or not p.is_floating_point() or stays_wide(model, n) else p.to(dtype)) for n, p in named
     )
+    saved = base.state_dict().keys()  # computed buffers, such as rotary frequencies, follow from the config
+    return tensors_sha256(itertools.chain(cast_weights, (item for item in base.named_buffers() if item[0] in saved)))
 
 
 # config entries that do not affect what the model computes

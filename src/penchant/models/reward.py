@@ -24,6 +24,7 @@ from penchant.models.load import (
     on_meta,
     plain_name,
     save_model,
+    stays_wide,
     without_report,
 )
 from penchant.models.options import ModelConfig, check_model_path
@@ -288,7 +289,9 @@ def whole_reward(
     if base_model_of(model) is model:
         return sharded
     state = whole_state_dict(model, masters)
-    return state if sharded is None else gathered(state.items(), current(), dtype)
+    if sharded is None:
+        return state
+    return gathered(state.items(), current(), dtype, {name for name in state if stays_wide(model, name)})
 
 
 # ---- A value for every token: a linear head on the hidden states of the policy or of a separate model ----

@@ -421,7 +421,9 @@ def gathered_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The state dict of a sharded model, complete on rank 0 and empty elsewhere; tied weights share memory there too."""
     parameters = list(model.state_dict(keep_vars=True).items())
     name_of = {id(p): name for name, p in reversed(parameters)}
-    tensors = gathered(((name, p) for name, p in parameters if name_of[id(p)] == name), current(), dtype)
+    named = ((name, p) for name, p in parameters if name_of[id(p)] == name)
+    uncast = {name for name, p in parameters if not isinstance(p, torch.nn.Parameter) or stays_wide(model, name)}
+    tensors = gathered(named, current(), dtype, uncast)
     return {name: tensors[name_of[id(p)]] for name, p in parameters} if tensors else {}
 
 
