@@ -388,7 +388,12 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-STORAGE = ("reference.cache_dir", "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.pt")  # what is kept, and where
+STORAGE = (
+    "reference.cache_dir",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.pt",
+)  # what is kept, and where
 
 
 def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:
