@@ -186,6 +186,17 @@ def test_weights_hash_sees_one_changed_weight_but_no_adapter(with_lora: bool) ->
     assert weights_sha256(model) != plain
 
 
+def test_weights_hash_sees_a_saved_buffer() -> None:
+    """DeepSeek V3's correction of its router is one."""
+    model = tiny_model("llama", dtype=torch.float32)
+    model.model.register_buffer("computed", torch.zeros(2), persistent=False)
+    hashes = {weights_sha256(model), weights_sha256(tiny_model("llama", dtype=torch.float32))}
+    for value in (0.0, 1.0):
+        model.model.register_buffer("correction", torch.full((2,), value))
+        hashes.add(weights_sha256(model))
+    assert len(hashes) == 3
+
+
 def test_two_runs_at_once_compute_it_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second run waits for the first, and reads its file."""
     real, calls = reference.compute_logps, []

@@ -17,6 +17,7 @@ from families import family_configs
 from penchant.errors import ModelError
 from penchant.models.load import cast_parameters, held_in, load_causal_model, save_model, stays_wide, weights_sha256
 from penchant.models.options import ModelConfig
+from penchant.runs.parts import gathered_state
 from penchant.training.optim import MasterAdamW
 
 CONFIGS: dict[str, Any] = {
@@ -232,6 +233,8 @@ def test_parameters_that_transformers_keeps_in_fp32_stay_there(routed: Path) -> 
     assert set(wanted.values()) == {torch.float32, torch.bfloat16}
     assert {n: p.dtype for n, p in model.named_parameters()} == wanted
     assert weights_sha256(model) == before
+    gathered = gathered_state(model, torch.bfloat16)  # what several processes save
+    assert {n: gathered[n].dtype for n in wanted} == wanted
     cast_parameters(model, torch.float64)
     assert {p.dtype for p in model.parameters()} == {torch.float64}
 

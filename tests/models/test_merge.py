@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -66,6 +67,26 @@ def test_another_adapter_at_the_same_place_is_merged_anew(base: ModelConfig, ada
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 4}))
     assert merge.model_sha256(merge.merge_to_folder(base, adapter, folder)) != before
+
+
+def test_two_processes_at_once_merge_once(
+    base: ModelConfig, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one neither merges nor replaces a folder that the first one may be reading."""
+    real, folder, calls = merge.merged_model, tmp_path / "out/merged", []
+    second = Thread(target=merge.merge_to_folder, args=(base, adapter, folder))
+
+    def merged_model(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            second.start()
+            second.join(0.3)  # it waits for the first one
+        return real(*args)
+
+    monkeypatch.setattr(merge, "merged_model", merged_model)
+    merge.merge_to_folder(base, adapter, folder)
+    second.join()
+    assert len(calls) == 1 and [p.name for p in folder.parent.iterdir()] == ["merged"]
 
 
 def test_an_adapter_of_a_classifier_is_refused(base: ModelConfig, adapter: Path) -> None:

@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -522,11 +522,15 @@ def test_what_only_people_read_stops_no_run(
     assert "the report could not be written" in told
 
 
-def test_no_room_for_a_checkpoint_is_said_before_the_first_step(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.fresh()
+# the next checkpoint is written before one too many is deleted
+@pytest.mark.parametrize("kept", [(), ("checkpoint.keep_last=1", "checkpoint.keep_best=false")])
+def test_no_room_for_a_checkpoint_is_said_before_the_first_step(
+    world: World, monkeypatch: pytest.MonkeyPatch, kept: Sequence[str]
+) -> None:
+    (world.fresh() / "checkpoints/step-1").mkdir(exist_ok=True)
     monkeypatch.setattr("penchant.runs.free_bytes", lambda _: 1000)
     with pytest.raises(DiskError, match=r"a checkpoint takes about .* and its disk has 1 kB free"):
-        stopped_early(world)
+        api.train(world.config, *kept, quiet=True)
 
 
 def test_a_little_room_is_said_and_tried(world: World, capsys: pytest.CaptureFixture[str]) -> None:

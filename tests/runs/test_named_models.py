@@ -60,8 +60,15 @@ def test_a_runs_and_a_checkpoints_folder_stand_for_their_model(work: Path) -> No
         assert len(run.rows.tokenizer) > 0
 
 
-def test_an_adapter_is_merged_into_its_base_before_the_first_step(work: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_merged_into_its_base_before_the_first_step(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = work / "lora/checkpoints/step-1/model"
+    with monkeypatch.context() as patch:  # the run of another user, whose folder cannot be written to
+        patch.setattr("os.access", lambda *_: False)
+        patch.setenv("PENCHANT_CACHE", str(tmp_path))
+        elsewhere = Run(config_from_mapping(values(work, "next", str(adapter))), quiet=True).config.model.path
+    assert Path(elsewhere).parent == tmp_path / "reference/merged" and not (work / "lora/merged").exists()
     for given in (work / "lora", adapter):
         config = config_from_mapping(values(work, "next", str(given)))
         check_models(config)
@@ -70,8 +77,9 @@ def test_an_adapter_is_merged_into_its_base_before_the_first_step(work: Path, tm
         assert path == str(work / "lora/merged/step-1")
     expected = merged_model(ModelConfig(path=str(work / "start")), adapter, CPU)
     ids = torch.arange(12)[None]
-    made = load_causal_model(ModelConfig(path=path), CPU)
-    assert torch.allclose(made(ids).logits, expected(ids).logits, atol=1e-5)
+    for folder in (path, elsewhere):
+        made = load_causal_model(ModelConfig(path=folder), CPU)
+        assert torch.allclose(made(ids).logits, expected(ids).logits, atol=1e-5)
     assert not torch.allclose(
         made(ids).logits, load_causal_model(ModelConfig(path=str(work / "start")), CPU)(ids).logits, atol=1e-5
     )

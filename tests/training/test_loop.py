@@ -404,15 +404,17 @@ def test_speeds_times_seconds_are_what_was_done(tmp_path: Path) -> None:
     assert sum(p["trees_per_second"] * p["seconds"] for p in perf) == pytest.approx(20)  # two epochs of ten rows
 
 
-@pytest.mark.parametrize(("mode", "best"), [("min", 4), ("max", 2)])
+@pytest.mark.parametrize(("mode", "every", "best"), [("min", 2, 4), ("max", 2, 2), ("min", 3, 6)])
 @pytest.mark.parametrize("killed_at", [None, 5])
-def test_the_best_step_is_that_of_the_best_value(tmp_path: Path, mode: Any, best: int, killed_at: int | None) -> None:
-    """The start has no checkpoint and is not a candidate; a resumed run remembers the earlier best."""
+def test_the_best_step_is_that_of_the_best_value(
+    tmp_path: Path, mode: Any, every: int, best: int, killed_at: int | None
+) -> None:
+    """Steps without a checkpoint, such as the start, are not candidates; a resumed run remembers the earlier best."""
     values = {0: -9.0 if mode == "min" else 9.0, 2: 3.0, 4: 1.0, 6: 2.0}
 
     def loop_with(console: Any) -> Loop:
         loop = make_loop(tmp_path / "run", console=console)
-        loop.checkpoint = CheckpointConfig(every=2, keep_last=1, mode=mode)
+        loop.checkpoint = CheckpointConfig(every=every, keep_last=1, mode=mode)
         loop.evaluate = lambda step: {"eval/loss": values[step]}
         return loop
 
@@ -443,11 +445,12 @@ def test_a_refused_step_changes_nothing_and_leaves_no_gradient(tmp_path: Path, m
 
 def test_floor_and_ceiling_stop_beyond_them_only(tmp_path: Path) -> None:
     loop = make_loop(tmp_path / "run", logp_floor=-5.0, divergence_ceiling=2.0)
-    for means in ({}, {"logps/per_token": -4.9, "divergence": 1.9}):
+    for means in ({}, {"logps/per_token": -4.9, "divergence": 1.9, "loss/divergence": 9.0}):
         loop._check_limits(3, means, [])
     for means, said in (
         ({"logps/per_token": -5.1}, "below train.logp_floor=-5"),
         ({"divergence": 2.1}, "above train.div"),
+        ({"pmpo/divergence": 2.1, "loss/pmpo/divergence": 1.0}, "above train.div"),  # not the first loss of a mix
     ):
         with pytest.raises(TrainingStopped, match=said):
             loop._check_limits(3, means, [])

@@ -141,6 +141,20 @@ def sweep(folder: Path, name: str = "*") -> None:
                 leftover.unlink()
 
 
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Hold an advisory lock, which the kernel releases if the process dies. No lock if the file system does not support it."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # a waiting process then finds the result or makes it too
+        os.close(handle)
+
+
 def fsync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)

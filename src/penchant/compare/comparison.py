@@ -396,8 +396,11 @@ def _was_selected(run: TrainedRun) -> bool:
     """Whether the checkpoint was chosen as the best of several by held-out rows."""
     last, _ = latest_checkpoint(run.folder)
     best = checkpoint_state(last).get("best_step") if last is not None else None
-    evaluated_steps = [x["step"] for x in read_folder(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
-    return best == run.step and len(evaluated_steps) > 1
+    evaluated = [x for x in read_folder(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
+    every = run.config.checkpoint.every  # a step without a checkpoint is no candidate; the last one always has one
+    per_epoch = every == "epoch"
+    earlier = [x for x in evaluated[:-1] if every and not (x["epoch"] % 1 if per_epoch else x["step"] % int(every))]
+    return best == run.step and bool(earlier)
 
 
 def _resolve(path: str | Path) -> Path:

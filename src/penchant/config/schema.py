@@ -18,7 +18,7 @@ from penchant.distributed.options import LaunchConfig
 from penchant.errors import ConfigError
 from penchant.flags.rule import TrustConfig
 from penchant.losses.section import LossConfig, LossModifiers
-from penchant.metrics.names import unknown_metric
+from penchant.metrics.names import metric, unknown_metric
 from penchant.models.options import LoraConfig, ModelConfig, ReferenceConfig
 from penchant.rewards.builtin import RewardConfig, kind_of
 from penchant.rollout.options import PLACES, RolloutConfig
@@ -151,6 +151,15 @@ class RunConfig(Section):
             )
         if self.algorithm is not None and "loss" in self.model_fields_set and self.loss.name != "dpo":
             raise ValueError(LOSS_AND_ALGORITHM)
+        return self
+
+    @model_validator(mode="after")
+    def _check_best(self) -> RunConfig:
+        name, is_set = self.checkpoint.metric, "mode" in self.checkpoint.model_fields_set
+        if not is_set and metric(name).better == "higher":
+            raise ValueError(
+                f"checkpoint.metric is {name}, of which higher is better, and checkpoint.mode is min; set checkpoint.mode=max"
+            )
         return self
 
     @model_validator(mode="after")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penchant.base.files import atomic_path, optional_write, sweep
+from penchant.base.files import atomic_path, one_at_a_time, optional_write, sweep
 from penchant.base.machine import moved, place_of
 from penchant.data.mapped import StoredTokens, part_lengths, ranges
 from penchant.data.packing import run_passes
@@ -331,7 +329,7 @@ def cached_reference(
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_one_at_a_time(folder / f".{key}.lock"))
+            stack.enter_context(one_at_a_time(folder / f".{key}.lock"))
         except OSError as error:
             say(f"{folder}: {error.strerror}; the reference's log-probs are not cached")
             return _by_row(trees, computed()), False
@@ -367,20 +365,6 @@ def _read(path: Path, say: Callable[[str], None]) -> dict[str, Tensor]:
 
 def _sha256(tensors: Mapping[str, Tensor]) -> str:
     return tensors_sha256(sorted(tensors.items()))
-
-
-@contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold an advisory lock, which the kernel releases if the process dies. No lock if the file system does not support it."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)  # a waiting process then finds the result or computes it too
-        os.close(handle)
 
 
 def compute_logps(

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from penchant.base.files import check_model_folder, file_sha256, temp_path
+from penchant.base.files import check_model_folder, file_sha256, one_at_a_time, temp_path
 from penchant.base.machine import full_precision
 from penchant.errors import ModelError
 from penchant.models.folder import check_folder, read_object
@@ -85,16 +85,34 @@ def merge_to_folder(
 ) -> Path:
     """Write the merged model to a folder that `transformers` loads; skipped if base, adapter and folder are unchanged.
 
-    The folder is read back, and its logits compared with the merged model's, before it is renamed into place.
+    The folder is read back, and its logits compared with the merged model's, before it is renamed into place. If several
+    processes need it, one of them merges and the others wait.
     """
+    sources = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
+
+    def is_merged() -> bool:
+        return bool(_mark(folder) == {**sources, "written": model_sha256(folder) if folder.is_dir() else None})
+
+    if not is_merged():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with one_at_a_time(folder.with_name(f".{folder.name}.lock")):
+            if not is_merged():
+                _merge(base, adapter, folder, seed, check, sources)
+    return folder
+
+
+def _merge(
+    base: ModelConfig,
+    adapter: Path,
+    folder: Path,
+    seed: int,
+    check: Callable[[Any], None] | None,
+    sources: Mapping[str, Any],
+) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    sources = {"adapter": model_sha256(adapter), "base": base.model_dump(mode="json"), "files": _files(Path(base.path))}
-    if _mark(folder) == {**sources, "written": model_sha256(folder) if folder.is_dir() else None}:
-        return folder
     temp = temp_path(folder)
     shutil.rmtree(temp, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         merged = merged_model(base, adapter, torch.device("cpu"), seed, check)
         save_model(merged, load_processor(base) if base.sees else load_tokenizer(str(adapter)), temp)
@@ -106,7 +124,6 @@ def merge_to_folder(
         os.rename(temp, folder)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
-    return folder
 
 
 def _files(folder: Path) -> list[list[Any]]:

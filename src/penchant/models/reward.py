@@ -17,7 +17,15 @@ from penchant.distributed.shard import gathered
 from penchant.distributed.world import current
 from penchant.errors import ModelError
 from penchant.models.folder import check_built, check_finite, check_folder, check_layers, config_of, loading
-from penchant.models.load import base_model_of, disable_dropout, on_meta, plain_name, save_model, stays_wide, without_report
+from penchant.models.load import (
+    base_model_of,
+    disable_dropout,
+    on_meta,
+    plain_name,
+    save_model,
+    stays_wide,
+    without_report,
+)
 from penchant.models.lora import effective_weights
 from penchant.models.options import ModelConfig, check_model_path
 

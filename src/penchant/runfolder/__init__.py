@@ -388,8 +388,16 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
+STORAGE = (
+    "reference.cache_dir",
+    "checkpoint.keep_last",
+    "checkpoint.keep_best",
+    "checkpoint.pt",
+)  # what is kept, and where
+
+
 def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:
-    """``key.path: old -> new`` for every leaf that differs; a key missing in `old` has its default."""
+    """``key.path: old -> new`` for every leaf that differs, except settings of `STORAGE`; a key missing in `old` has its default."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         known = defaults if isinstance(defaults, Mapping) else {}
         return [
@@ -397,7 +405,8 @@ def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> l
             for k in sorted({*old, *new})
             for d in differences(old.get(k, known.get(k)), new.get(k), f"{prefix}.{k}" if prefix else k, known.get(k))
         ]
-    return [] if old == new else [f"{prefix}: {_as_json(old)} -> {_as_json(new)}"]
+    is_equal = old == new or prefix.removeprefix("config.") in STORAGE
+    return [] if is_equal else [f"{prefix}: {_as_json(old)} -> {_as_json(new)}"]
 
 
 class MetricsLog:

@@ -440,7 +440,7 @@ class Run:
         """
         keep_last, free = self.config.checkpoint.keep_last, free_bytes(self.folder)
         size = checkpoint_bytes(self.config, self.built.parts.model, self.dtype)
-        remaining = keep_last + self.config.checkpoint.keep_best + 1 - len(checkpoints(self.folder))
+        remaining = max(1, keep_last + self.config.checkpoint.keep_best + 1 - len(checkpoints(self.folder)))
         if free is None or free >= size * remaining:
             return
         requirement = f"a checkpoint takes about {gigabytes(size)}"

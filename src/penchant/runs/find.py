@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -222,7 +223,7 @@ def with_model_folders(
 
     Args:
         say: called with a line for each run or adapter folder that was replaced.
-        merge: merge an adapter into its base, once, in ``RUN/merged/step-N`` (in the cache for an adapter without a run).
+        merge: merge an adapter into its base, once, in ``RUN/merged/step-N`` (in the cache without a run that may be written to).
             False: use the base, which has the same shapes, unless a merged model exists already.
 
     Raises:
@@ -261,11 +262,12 @@ def _model_folder(key: str, spec: str, say: Callable[[str], None], merge: bool) 
         if Path(spec).expanduser().resolve() != folder.resolve():
             say(f"{key}: {spec} means {folder}")
         return str(folder)
-    if run is not None:
-        base, seed, target = run.model, run.train.seed, Path(run.output) / "merged" / folder.parent.name
-    else:
+    target = cache_folder("reference") / "merged" / model_sha256(folder)[:16]
+    if run is None:
         base, seed = _source_from_adapter(spec, folder, None).base, 0
-        target = cache_folder("reference") / "merged" / model_sha256(folder)[:16]
+    else:
+        base, seed, own = run.model, run.train.seed, Path(run.output) / "merged" / folder.parent.name
+        target = own if own.is_dir() or os.access(run.output, os.W_OK) else target  # the run of another user
     if not merge:
         return str(target) if target.is_dir() else base.path
     say(f"{key}: the adapter of {folder} merged into {base.path} is {target}")

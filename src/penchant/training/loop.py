@@ -171,11 +171,12 @@ class Loop:
     def _after_step(self, metrics: MetricsLog, schedule: BatchSchedule, total: int) -> None:
         step = self.state.step
         is_last = step == total
+        is_saved = is_last or _is_due(self.checkpoint.every, step, schedule)
         if self.evaluate is not None and (is_last or _is_due(self.evaluation.every, step, schedule)):
-            self._evaluate(metrics, schedule)
+            self._evaluate(metrics, schedule, may_be_best=is_saved)
         signum, stop = self._asked_to_stop()
         paused = (stop or step == self.pause_at) and not is_last
-        if is_last or paused or signum is not None or _is_due(self.checkpoint.every, step, schedule):
+        if is_saved or paused or signum is not None:
             self._save(metrics, wait=is_last or paused or signum is not None)
             signum, stop = self._asked_to_stop()  # again, as saving takes a while and calls callbacks
             paused |= stop and not is_last
@@ -462,7 +463,9 @@ class Loop:
                 "lower train.lr, raise the loss's beta (PMPO has a minimum only where beta outweighs the rejected answers; see "
                 "docs/losses.md), or set train.logp_floor=null",
             )
-        divergence = means.get("divergence", 0.0)
+        # a loss of a mix other than the first has its name before it; loss/... are terms of the loss
+        by_loss = (v for n, v in means.items() if n.endswith("divergence") and not n.startswith("loss/"))
+        divergence = max(by_loss, default=0.0)
         if t.divergence_ceiling is not None and divergence > t.divergence_ceiling:
             self._dump_and_stop(
                 step,
@@ -523,7 +526,8 @@ class Loop:
             )
         )
 
-    def _evaluate(self, metrics: MetricsLog, schedule: BatchSchedule) -> None:
+    def _evaluate(self, metrics: MetricsLog, schedule: BatchSchedule, may_be_best: bool = False) -> None:
+        """Evaluate and log; only a step that gets a checkpoint may be the best one."""
         assert self.evaluate is not None
         self.model.eval()
         values = self.world.share(self.evaluate(self.state.step))
@@ -534,7 +538,7 @@ class Loop:
         self.console.evaluated(self.state.step, line)
         self.state.last_eval = line
         value = values.get(self.checkpoint.metric)
-        if value is None or math.isnan(value) or self.state.step == 0:
+        if value is None or math.isnan(value) or not may_be_best:
             return
         best = self.state.best_value
         is_better = best is None or (value < best if self.checkpoint.mode == "min" else value > best)

@@ -124,7 +124,7 @@ class CheckpointConfig(Section):
         description="how often to write one: a number of optimizer steps, or epoch; null: only at the end",
     )
     keep_last: int = Field(2, ge=1, le=10**9, description="how many of the newest checkpoints to keep")
-    keep_best: bool = Field(True, description="also keep the best one")
+    keep_best: bool = Field(True, description="also keep the best one, of those whose step is evaluated")
     metric: str = Field("eval/loss", description="the metric that decides which checkpoint is best")
     mode: Literal["min", "max"] = Field("min", description="whether lower (min) or higher (max) is better")
     pt: bool = Field(False, description="also write the model's weights as model/state_dict.pt, for torch.load")
