@@ -613,6 +613,9 @@ def test_a_key_goes_to_no_endpoint_that_another_person_put_into_an_arena(
         with pytest.raises(DataError, match="answered 404: no such model; check"):
             asyncio.run(asked(url=endpoint.url))
         assert "authorization" not in endpoint.asked[0].headers
+    half = 'data: {"choices": [{"delta": {"content": "Half"}}]}\n\ndata: {"error": {"message": "out of memory"}}\n\n'
+    with serve(lambda *_: (200, {}, half)) as endpoint, pytest.raises(DataError, match="broke off: out of memory"):
+        asyncio.run(asked(url=endpoint.url))
 
 
 def test_a_link_in_an_arena_leads_nowhere(studio: Any, tmp_path: Path) -> None:
