@@ -198,6 +198,7 @@ class Stream:
 # ---- tokens to text ----
 
 BROKEN = "\ufffd"  # replacement character: the bytes of an incomplete character decode to it
+SPACE = "▁"  # a space in a SentencePiece token
 CONTEXT = 8  # prompt tokens to decode along with a continuation
 
 
@@ -223,10 +224,14 @@ class Detokenizer:
 
     def _settle(self, ids: list[int]) -> None:
         """Treat the text of these tokens as final."""
-        tail = ids[-CONTEXT:]
-        skip = self._decode(tail) if tail else ""
-        if BROKEN not in skip:  # otherwise the last character may still change
-            self._context, self._skip, self._ids, self._returned = tail, skip, [], ""
+        for count in range(
+            CONTEXT, CONTEXT + 4
+        ):  # a character has up to four tokens, and the tail must not begin within one
+            tail = ids[-count:]
+            skip = self._decode(tail) if tail else ""
+            if BROKEN not in skip:  # otherwise the last character may still change
+                self._context, self._skip, self._ids, self._returned = tail, skip, [], ""
+                return
 
     def _text(self) -> str:
         """Return the text of the tokens in _ids, with partial characters as U+FFFD."""
@@ -291,7 +296,10 @@ def _overlap(text: str, stop: str) -> int:
 
 def token_text(tokenizer: Any, token: int) -> str:
     """Decode a single token, special tokens included; U+FFFD if it holds a partial character."""
-    return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    spaces = len(piece) - len(piece.lstrip(SPACE))  # SentencePiece decoders drop the space that a text begins with
+    return text if text.startswith(SPACE) else " " * spaces + text.lstrip(" ") if spaces else text
 
 
 def token_bytes(tokenizer: Any, token: int) -> list[int] | None:
