@@ -17,6 +17,7 @@ from penchant.base.functions import own_sha256
 from penchant.data.read import ENDINGS, ending, find_files
 from penchant.data.split import SPLITS
 from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find_spec, is_hub_id, unknown_name_error
+from penchant.download.convert import labels_sha256
 from penchant.download.hub import Hub, HubFile, Repository
 from penchant.errors import ConfigError, DataError
 from penchant.requests import GetRequest
@@ -31,13 +32,13 @@ REDACTED = ("keep", "only", "drop")
 
 
 def identity(request: GetRequest) -> dict[str, Any]:
-    """The options that determine the result, as JSON values: all but output, redo, quiet and workers."""
-    options = json.loads(
+    """What determines the result, as JSON values: the options but output, redo, quiet and workers, and the user's own files."""
+    options: dict[str, Any] = json.loads(
         json.dumps({k: v for k, v in asdict(request).items() if k not in ("output", "redo", "quiet", "workers")})
     )
     options["source"] = None if request.source is None else str(Path(request.source).expanduser().resolve())
-    layout_hash = own_sha256(request.layout or "")
-    return dict(options) if layout_hash is None else {**options, "layout_sha256": layout_hash}
+    hashes = {"layout_sha256": own_sha256(request.layout or ""), "labels_sha256": labels_sha256(request)}
+    return options | {name: value for name, value in hashes.items() if value is not None}
 
 
 def check_request(request: GetRequest) -> None:
