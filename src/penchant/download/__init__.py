@@ -39,7 +39,7 @@ from penchant.download.hub import BLOCK, Hub, RemoteFile
 from penchant.download.plan import Plan, Source, check_request, identity, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
 from penchant.requests import GetRequest
-from penchant.runfolder import RunLock, differences
+from penchant.runfolder import LOCK, RunLock, differences
 from penchant.types import Message
 
 WORK = ".get"
@@ -77,25 +77,26 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
     """
     check_request(request)
     folder = Path(request.output or default_output(request.name)).expanduser()
+    work, locked = folder / WORK, False
     try:
         made_here = not folder.exists()
-        work = folder / WORK
         wanted = identity(request)
         existing = _check_folder(folder, wanted, request.redo)
-        if existing is not None:
-            shutil.rmtree(work, ignore_errors=True)
+        if existing is not None and not work.exists():
             return GetResult(folder, existing, fresh=False)
-        if request.redo or read_json(work / "request.json") != wanted:
-            shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         with _lock(folder):
-            result = _Job(request, wanted, folder, work, say, Hub(say)).run()
+            locked = True
+            if existing is not None:
+                result = GetResult(folder, existing, fresh=False)
+            else:
+                if request.redo or read_json(work / "request.json") != wanted:
+                    _clear(work)
+                result = _Job(request, wanted, folder, work, say, Hub(say)).run()
         shutil.rmtree(work)
         return result
-    except _InUse:
-        raise
     except PenchantError:
-        if request.source is not None and not any(work.glob("part-*")):  # nothing was read yet
+        if locked and request.source is not None and not any(work.glob("part-*")):  # nothing was read yet
             shutil.rmtree(work, ignore_errors=True)
             if made_here:
                 with suppress(OSError):
@@ -107,19 +108,23 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
         raise DataError(str(folder), what, f"{how}; then the same command continues") from error
 
 
-class _InUse(DataError):
-    """Another process is writing the folder."""
-
-
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder. Raises DataError if one is writing it."""
     with ExitStack() as stack:
         try:
             stack.enter_context(RunLock(folder / WORK))
         except CheckpointError as error:
             what, how = "another `penchant data get` is writing there", "wait for it, or choose another --output"
-            raise _InUse(str(folder), what, how) from error
+            raise DataError(str(folder), what, how) from error
         yield
+
+
+def _clear(work: Path) -> None:
+    """Remove what an earlier request left, but not the lock."""
+    for path in work.iterdir():
+        if path.name != LOCK:
+            path.unlink()
 
 
 def default_output(name: str) -> str:
