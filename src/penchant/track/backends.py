@@ -113,7 +113,7 @@ METRICS, PARAMS, LONGEST, LONGEST_NAME = 1000, 100, 6000, 250
 
 
 def mlflow_name(name: str) -> str:
-    """The name of a parameter or metric as MLflow accepts it: a reward is named by its expression, such as ``matches:^[0-9]+$``."""
+    """The name of a parameter, metric or tag as MLflow accepts it: a reward is named by its expression, such as ``matches:^[0-9]+$``."""
     parts = re.sub(r"[^\w./ :-]", "_", name).split("/")
     return "/".join(part if part.strip(".") else "_" for part in parts)[:LONGEST_NAME].rstrip("/")
 
@@ -133,7 +133,7 @@ class MLflow:
             return Started(self.id, uri)
         existing = self.client.get_experiment_by_name(info.project)
         experiment = existing.experiment_id if existing else self.client.create_experiment(info.project)
-        tags = {"mlflow.source.name": "penchant", **dict.fromkeys(info.tags, "true")}
+        tags = {"mlflow.source.name": "penchant", **dict.fromkeys(map(mlflow_name, info.tags), "true")}
         if info.group:
             tags["group"] = info.group
         self.id = self.client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
