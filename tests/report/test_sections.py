@@ -52,6 +52,17 @@ def test_other_rewards_have_matrices_of_their_own(tmp_path: Path) -> None:
     assert "Win rate, by words" in str(win_rates(data)) and "reward, by words" in words(compared_figures(data))
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_judge_has_matrices_once(tmp_path: Path, own: bool) -> None:
+    folder = make_comparison(tmp_path / "c")
+    figures = json.loads((folder / "comparison.json").read_text())
+    judged = figures["comparisons"] if own else [{**p, "win_rate": ci(0.9, 0.8, 1.0)} for p in figures["comparisons"]]
+    write_json(folder / "comparison.json", {**figures, "judge": {"name": "referee", "comparisons": judged}})
+    made = str(win_rates(read_report([folder], 0.0)))
+    assert made.count('class="matrix"') == (2 if own else 4) and ("Win rate, by referee" in made) != own
+    assert ("Differences of win rate by referee" in made) != own
+
+
 def test_a_comparison_of_an_older_version_has_its_first_column(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path / "c")
     figures = json.loads((folder / "comparison.json").read_text())
