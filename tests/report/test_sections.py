@@ -104,6 +104,17 @@ def test_completions_of_one_prompt_stand_together_and_the_start_once(tmp_path: P
     assert len(found.cards) == 3 and [a.model for a in found.cards[0].answers] == [0, 1, 2, 3, 4] and found.judged
 
 
+def test_starts_from_different_weights_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("r", "s")]
+    manifest = json.loads((runs[1] / "manifest.json").read_text())
+    write_json(runs[1] / "manifest.json", {**manifest, "model": {"sha256": "cd" * 32}})
+    write_lines(runs[1] / "samples.jsonl", [{"prompt": "p", "before": "b", "after": "a"}])
+    found = collect_cards(read_report(runs, 0.0))
+    assert found.models == ("start of r", "start of s", "r", "s") and found.keys[:2] == ("", "")
+    (card,) = (c for c in found.cards if c.prompt == "p")
+    assert [(found.models[a.model], a.text) for a in card.answers] == [("start of s", "b"), ("s", "a")]
+
+
 def test_equal_cards_are_one(tmp_path: Path) -> None:
     run = make_run(tmp_path / "r")
     write_lines(
