@@ -23,7 +23,8 @@ from penchant.data.load import load_preferences
 from penchant.download import Converter, GetResult, Pace, _Job
 from penchant.download import convert as part
 from penchant.download.catalogue import CATALOGUE, HUB, SPECS, Spec
-from penchant.errors import ConfigError, DataError, PenchantError, RewardError
+from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError, RewardError
+from penchant.runfolder import RunLock
 
 SPLITS = ("train", "validation", "test")
 WORDS = [
@@ -318,6 +319,12 @@ def test_a_function_labels_answers(lmsys: Path, tmp_path: Path, monkeypatch: pyt
     got = {int(first_turn(r).split()[1].rstrip(":")): r["label"] for r in all_rows(tmp_path / "out")}
     assert got == expected and result.counts.filtered == {"no label": 60 - len(expected)}
     assert result.data["labelled_with_sha256"]
+    del result.data["request"]["labels_sha256"]  # as version 0.1.0 wrote it
+    (tmp_path / "out" / "data.json").write_text(json.dumps(result.data))
+    assert not get("lmsys", lmsys, tmp_path / "out", as_="unpaired", label_with=name).fresh
+    (tmp_path / "mine.py").write_text(code.replace("river", "lake"))
+    with pytest.raises(ConfigError, match="labels_sha256"):  # the labels would be those of the earlier function
+        get("lmsys", lmsys, tmp_path / "out", as_="unpaired", label_with=name)
     for body, words in (
         ("[1]", "returned 1 labels"),
         ("['x'] * len(answers)", "as a label"),
@@ -326,6 +333,19 @@ def test_a_function_labels_answers(lmsys: Path, tmp_path: Path, monkeypatch: pyt
         (tmp_path / "bad.py").write_text(f"def judge(prompts, answers):\n    return {body}\n")
         with pytest.raises(RewardError, match=words):
             get("lmsys", lmsys, tmp_path / "bad", as_="unpaired", label_with=f"{tmp_path}/bad.py:judge")
+
+
+def test_a_reward_model_without_a_checkpoint_is_named(lmsys: Path, tmp_path: Path) -> None:
+    (tmp_path / "reward" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="train the reward model first"):
+        get("lmsys", lmsys, tmp_path / "out", as_="unpaired", reward=str(tmp_path / "reward"), threshold=0.0)
+
+
+def test_a_folder_that_another_process_writes_is_left_alone(lmsys: Path, tmp_path: Path) -> None:
+    (tmp_path / "out/.get").mkdir(parents=True)
+    with RunLock(tmp_path / "out/.get"), pytest.raises(DataError, match="is writing there"):
+        get("lmsys", lmsys, tmp_path / "out")
+    assert (tmp_path / "out/.get").exists()
 
 
 def test_answers_without_a_label_are_counted(lmsys: Path, tmp_path: Path) -> None:

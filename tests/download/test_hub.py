@@ -8,13 +8,16 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_hub import COMMIT, FakeHub, fake_hub
 
 from penchant.cli import main
 from penchant.download import hub as module
-from penchant.download.hub import Hub, RemoteFile
+from penchant.download.hub import Hub, HubFile, RemoteFile
+from penchant.download.plan import hub_sources
+from penchant.requests import GetRequest
 
 SECRET = "hf_planted0123456789"
 HH = "Anthropic/hh-rlhf"
@@ -326,6 +329,24 @@ def test_a_card_names_subsets_and_splits(start: Callable[..., FakeHub], capsys: 
     assert "map your columns" in capsys.readouterr().err
     assert run("me/set", "--revision", "gone", "--output", "e") == 2
     assert "no such revision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config,expected",
+    [
+        ({"data_dir": "en"}, {"en/rows.jsonl": "train", "en/dev.jsonl": "validation"}),
+        ({"data_dir": "en", "data_files": "r*"}, {"en/rows.jsonl": "train"}),
+        (
+            {"data_files": [{"split": "test", "path": "de/**/*.jsonl"}]},
+            {"de/rows.jsonl": "test", "de/x/y.jsonl": "test"},
+        ),
+    ],
+)
+def test_a_cards_folder_and_patterns_choose_its_files(config: dict[str, Any], expected: dict[str, str]) -> None:
+    paths = ("de/rows.jsonl", "de/x/y.jsonl", "en/dev.jsonl", "en/rows.jsonl")
+    files = [HubFile(path, 1, None, None) for path in paths]
+    sources, _ = hub_sources(files, [{"config_name": "default", **config}], GetRequest("me/set"), None)
+    assert {s.path: s.split for s in sources} == expected
 
 
 def test_answers_that_make_no_sense(start: Callable[..., FakeHub], capsys: pytest.CaptureFixture[str]) -> None:

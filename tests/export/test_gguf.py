@@ -82,7 +82,9 @@ def test_the_file_says_what_the_config_says(tmp_path: Path) -> None:
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(_configs()["llama"])
-    write_gguf(tmp_path / "m.gguf", model, tiny_tokenizer(chat=True), "q8_0", "name")
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "with tools"}
+    write_gguf(tmp_path / "m.gguf", model, tokenizer, "q8_0", "name")
     reader = GGUFReader(tmp_path / "m.gguf")
     said = {name: field.contents() for name, field in reader.fields.items()}
     assert said["general.architecture"] == "llama" and said["llama.rope.freq_base"] == 50000.0
@@ -90,6 +92,7 @@ def test_the_file_says_what_the_config_says(tmp_path: Path) -> None:
     assert said["tokenizer.ggml.tokens"][:3] == ["<s>", "</s>", "<unk>"] and len(said["tokenizer.ggml.tokens"]) == 264
     assert said["tokenizer.ggml.token_type"][0] == CONTROL and said["tokenizer.ggml.token_type"][263] == UNUSED
     assert said["tokenizer.ggml.pre"] == "gpt-2" and "assistant" in said["tokenizer.chat_template"]
+    assert said["tokenizer.chat_template.tool_use"] == "with tools"
     assert said["tokenizer.ggml.bos_token_id"] == 0 and said["tokenizer.ggml.add_bos_token"] is False
     kinds = {t.name: t.tensor_type.name for t in reader.tensors}
     assert kinds["blk.0.attn_q.weight"] == "Q8_0" and kinds["blk.0.attn_norm.weight"] == "F32"

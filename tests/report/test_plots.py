@@ -139,6 +139,17 @@ def test_the_frontier_of_one_run_has_its_trail_and_intervals(tmp_path: Path) -> 
     ].y_ci == pytest.approx((0.3, 0.6))
 
 
+def test_a_frontier_has_no_common_start_where_runs_have_none(tmp_path: Path) -> None:
+    runs = []
+    for i, name in enumerate(("r", "s")):
+        evals = [evaluation(k, 0.5, 0.02, **{"eval/kl/policy_ref": k / 9, "eval/reward": i + k / 9}) for k in (0, 9)]
+        runs.append(make_run(tmp_path / name, evals=evals))
+        manifest = json.loads((runs[i] / "manifest.json").read_text())
+        (runs[i] / "manifest.json").write_text(json.dumps({**manifest, "model": {"sha256": name * 64}}))
+    found = runs_frontier(read_report(runs, 0.0))
+    assert found is not None and found.label == "reward" and found.start is None and "its own start" in found.source
+
+
 def test_the_frontier_of_a_comparison(tmp_path: Path) -> None:
     data = read_report([make_comparison(tmp_path / "c")], 0.0)
     found = comparison_frontier(data.comparisons[0], data)

@@ -52,6 +52,17 @@ def test_other_rewards_have_matrices_of_their_own(tmp_path: Path) -> None:
     assert "Win rate, by words" in str(win_rates(data)) and "reward, by words" in words(compared_figures(data))
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_a_judge_has_matrices_once(tmp_path: Path, own: bool) -> None:
+    folder = make_comparison(tmp_path / "c")
+    figures = json.loads((folder / "comparison.json").read_text())
+    judged = figures["comparisons"] if own else [{**p, "win_rate": ci(0.9, 0.8, 1.0)} for p in figures["comparisons"]]
+    write_json(folder / "comparison.json", {**figures, "judge": {"name": "referee", "comparisons": judged}})
+    made = str(win_rates(read_report([folder], 0.0)))
+    assert made.count('class="matrix"') == (2 if own else 4) and ("Win rate, by referee" in made) != own
+    assert ("Differences of win rate by referee" in made) != own
+
+
 def test_a_comparison_of_an_older_version_has_its_first_column(tmp_path: Path) -> None:
     folder = make_comparison(tmp_path / "c")
     figures = json.loads((folder / "comparison.json").read_text())
@@ -91,6 +102,17 @@ def test_completions_of_one_prompt_stand_together_and_the_start_once(tmp_path: P
     found = collect_cards(data)
     assert found.models == ("start", *(r.name for r in data.runs)) and found.keys == ("", "A", "B", "A", "B")
     assert len(found.cards) == 3 and [a.model for a in found.cards[0].answers] == [0, 1, 2, 3, 4] and found.judged
+
+
+def test_starts_from_different_weights_are_told_apart(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name) for name in ("r", "s")]
+    manifest = json.loads((runs[1] / "manifest.json").read_text())
+    write_json(runs[1] / "manifest.json", {**manifest, "model": {"sha256": "cd" * 32}})
+    write_lines(runs[1] / "samples.jsonl", [{"prompt": "p", "before": "b", "after": "a"}])
+    found = collect_cards(read_report(runs, 0.0))
+    assert found.models == ("start of r", "start of s", "r", "s") and found.keys[:2] == ("", "")
+    (card,) = (c for c in found.cards if c.prompt == "p")
+    assert [(found.models[a.model], a.text) for a in card.answers] == [("start of s", "b"), ("s", "a")]
 
 
 def test_equal_cards_are_one(tmp_path: Path) -> None:

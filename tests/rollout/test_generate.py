@@ -111,7 +111,7 @@ def test_progress_counts_up_to_the_end(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_a_cache_that_is_right_is_used(family: str) -> None:
     """Decoding whole rows again, or only prompts of one length together, would also be correct, but slow."""
-    assert generate._decoder_class(tiny_model(family, dtype=torch.float32)) is generate._Padded
+    assert generate.decoder_class(tiny_model(family, dtype=torch.float32)) is generate._Padded
 
 
 # ---- transformers' own cache: any model on a GPU, and models without a fast path on the CPU ----
@@ -130,7 +130,7 @@ def at_a_time(model: Any, way: type, monkeypatch: pytest.MonkeyPatch, **how: Any
     waves = []
     first = way.first  # type: ignore[attr-defined]
     monkeypatch.setattr(way, "first", lambda row, ids, n, pads: waves.append(len(ids)) or first(row, ids, n, pads))
-    monkeypatch.setattr(generate, "_decoder_class", lambda _: way)
+    monkeypatch.setattr(generate, "decoder_class", lambda _: way)
     return sample(model, MIXED, max_new_tokens=10, seed=3, **how), len(waves)
 
 
@@ -165,7 +165,7 @@ def test_a_model_that_reads_padding_gets_prompts_of_one_length(no_pool: None, mo
     forward = model.forward
     blind = lambda attention_mask=None, position_ids=None, **more: forward(**more)  # noqa: E731
     monkeypatch.setattr(model, "forward", blind)
-    assert generate._decoder_class(model) is generate._Cached
+    assert generate.decoder_class(model) is generate._Cached
     assert sample(model, MIXED, max_new_tokens=5, temperature=0) == expected
 
 

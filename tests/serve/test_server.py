@@ -161,7 +161,8 @@ def test_log_probs_are_the_models(client: Any, chat_model: ChatModel) -> None:
     )
     assert legacy.token_logprobs == pytest.approx([t.logprob for t in content], abs=1e-4)
     assert legacy.text_offset[0] == 0 and legacy.text_offset == sorted(legacy.text_offset)
-    assert all(1 <= len(t) <= 2 for t in legacy.top_logprobs)
+    assert all(1 <= len(t) <= 3 for t in legacy.top_logprobs)
+    assert all(token in top for token, top in zip(legacy.tokens, legacy.top_logprobs, strict=True))
 
 
 def test_penalties_change_the_answer(client: Any) -> None:

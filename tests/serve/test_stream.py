@@ -48,6 +48,17 @@ def test_a_stream_draws_what_sample_draws(family: str, temperature: float, top_p
         assert len({len(r) for r in rows}) > 1  # some ended early, so rows moved
 
 
+def test_a_model_without_a_usable_cache_streams_too() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=97, hidden_size=16, state_size=4, num_hidden_layers=1)
+    model = MambaForCausalLM(MambaConfig(**sizes)).eval()  # type: ignore[arg-type]
+    chat_model = ChatModel("mamba", model, tiny_tokenizer(), STYLES["plain"], frozenset({7}), 128)
+    expected = sample(model, [PROMPT], n=3, max_new_tokens=12, seed=3, eos_token_id=7)[0]
+    assert _drawn(chat_model, Sampling(12, n=3, seed=3)) == [s.ids for s in expected]
+
+
 def test_fast_and_slow_are_told_apart() -> None:
     assert _model("llama").decoder is not None and _model("gpt2").decoder is None
 

@@ -64,19 +64,31 @@ def test_a_byte_of_a_fallback_has_its_byte() -> None:
     assert [token_bytes(BYTES_TOO, 4 + b) for b in (0x41, 0x80, 0xFF)] == [[0x41], [0x80], [0xFF]]
 
 
-def test_a_continued_text_keeps_its_first_space() -> None:
-    """A tokenizer that encodes a word's leading space as a marker and drops it at the start of a text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def _with_space_markers() -> Any:
+    """A tokenizer like Llama 2's: a word's leading space is a marker, dropped at the start of a text."""
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<unk>": 0, "▁good": 1, "▁day": 2, "s": 3}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Metaspace()
-    inner.decoder = decoders.Metaspace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
-    alone, continued = Detokenizer(tokenizer), Detokenizer(tokenizer, [1])
+    vocab = {"<unk>": 0, "▁good": 1, "▁day": 2, "s": 3, "▁": 4} | {f"<0x{b:02X}>": 5 + b for b in range(256)}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(parts)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+MARKED = _with_space_markers()
+
+
+@pytest.mark.parametrize("before", [[1], [5 + b for b in "日本語".encode()]])
+def test_a_continued_text_keeps_its_first_space(before: list[int]) -> None:
+    alone, continued = Detokenizer(MARKED), Detokenizer(MARKED, before)
     assert [alone.add(2), alone.add(3), alone.add(1)] == ["day", "s", " good"]
     assert [continued.add(2), continued.add(3), continued.add(1)] == [" day", "s", " good"]
+
+
+def test_tokens_by_themselves_keep_their_space() -> None:
+    assert [token_text(MARKED, i) for i in (1, 3, 4)] == [" good", "s", " "]
+    assert token_bytes(MARKED, 1) == list(b" good") and token_bytes(MARKED, 5 + 0xE6) == [0xE6]
 
 
 @given(st.lists(st.text("ab\n", max_size=3), max_size=8), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))

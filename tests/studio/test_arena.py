@@ -538,6 +538,17 @@ def test_arenas_are_made_of_runs_comparisons_and_data(studio: Any, tmp_path: Pat
         assert told.status_code == 400 and words in told.text, told.text
 
 
+def test_starts_from_different_weights_are_different_models(tmp_path: Path) -> None:
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        (tmp_path / run / "manifest.json").write_text(json.dumps({"model": {"sha256": run * 64}}))
+        (tmp_path / run / "samples.jsonl").write_text(
+            json.dumps({"prompt": run, "before": "no", "after": "yes"}) + "\n"
+        )
+    found = pairs.answers_from_runs([tmp_path / "a", tmp_path / "b"])
+    assert [set(answers) for _, answers in found.rows] == [{"start of a", "a"}, {"start of b", "b"}]
+
+
 def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
     same = Answers([("P", {"a": "x", "b": "x "})], {"a": {}, "b": {}})
     assert pairs.make_pairs(same, 0) == []
@@ -613,6 +624,9 @@ def test_a_key_goes_to_no_endpoint_that_another_person_put_into_an_arena(
         with pytest.raises(DataError, match="answered 404: no such model; check"):
             asyncio.run(asked(url=endpoint.url))
         assert "authorization" not in endpoint.asked[0].headers
+    half = 'data: {"choices": [{"delta": {"content": "Half"}}]}\n\ndata: {"error": {"message": "out of memory"}}\n\n'
+    with serve(lambda *_: (200, {}, half)) as endpoint, pytest.raises(DataError, match="broke off: out of memory"):
+        asyncio.run(asked(url=endpoint.url))
 
 
 def test_a_link_in_an_arena_leads_nowhere(studio: Any, tmp_path: Path) -> None:

@@ -172,12 +172,14 @@ def test_a_quarantine_is_shown_with_its_reasons(tmp_path: Path) -> None:
 
 def test_search_finds_texts_in_any_case_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = pairs(300)
-    made[250]["chosen"] = "Über den Wolken"
+    made[250]["chosen"] = "Über den <Wolken>"
     path = write(tmp_path / "a.jsonl", made)
     raw = tmp_path / "b.jsonl"
     raw.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in made))
-    for file in (File(path), File(raw)):
-        assert numbers(file, needle="ÜBER DEN") == [251]
+    escaped = tmp_path / "c.jsonl"  # as Go writes JSON
+    escaped.write_text(raw.read_text().replace("<", "\\u003c"))
+    for file in (File(path), File(raw), File(escaped)):
+        assert numbers(file, needle="ÜBER DEN") == [251] and numbers(file, needle="<wolken") == [251]
         assert numbers(file, needle="question 77?") == [77]
         assert numbers(file, needle="nowhere") == []
         assert numbers(file, needle="QUESTION", max_rows=3) == [1, 2, 3]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from wandb_file import history, run_of
 from penchant import api
 from penchant.errors import ConfigError
 from penchant.track import TRACKERS, TrackerSpec
+from penchant.track.backends import mlflow_name
 from penchant.track.tracker import STEP, to_line
 
 FLOAT32 = 1e-6  # the precision of TensorBoard's scalars
@@ -98,6 +101,19 @@ def test_tensorboard_holds_every_line_once(crashed: tuple[Path, Path]) -> None:
     assert found.keys() == expected.keys()
     assert all(found[k] == pytest.approx(v, rel=FLOAT32) for k, v in expected.items())
     assert any("status" in tag for tag in tags["tensors"])
+
+
+@pytest.mark.parametrize(
+    "reward", [r"matches:^\d+%$", "format:<think>.*</think>", "a//b", "../mine.py:right", "x" * 300]
+)
+def test_mlflow_accepts_every_name(reward: str) -> None:
+    name = mlflow_name(f"rewards/{reward}/mean")
+    assert re.fullmatch(r"[/\w.\- :]{1,250}", name) and posixpath.normpath(name) == name
+
+
+@pytest.mark.parametrize("name", ["train.lr", "eval/kl/k3", "rewards/words:20-60/mean", "reward./my.py:right"])
+def test_usual_names_stay_as_they_are_in_mlflow(name: str) -> None:
+    assert mlflow_name(name) == name
 
 
 @pytest.mark.slow  # MLflow takes seconds to create its database

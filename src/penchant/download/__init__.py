@@ -39,7 +39,7 @@ from penchant.download.hub import BLOCK, Hub, RemoteFile
 from penchant.download.plan import Plan, Source, check_request, identity, make_plan
 from penchant.errors import CheckpointError, ConfigError, DataError, PenchantError
 from penchant.requests import GetRequest
-from penchant.runfolder import RunLock, differences
+from penchant.runfolder import LOCK, RunLock, differences
 from penchant.types import Message
 
 WORK = ".get"
@@ -77,25 +77,26 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
     """
     check_request(request)
     folder = Path(request.output or default_output(request.name)).expanduser()
+    work, locked = folder / WORK, False
     try:
         made_here = not folder.exists()
-        work = folder / WORK
-        existing = _check_folder(folder, identity(request), request.redo)
-        if existing is not None:
-            shutil.rmtree(work, ignore_errors=True)
+        wanted = identity(request)
+        existing = _check_folder(folder, wanted, request.redo)
+        if existing is not None and not work.exists():
             return GetResult(folder, existing, fresh=False)
-        if request.redo or read_json(work / "request.json") != identity(request):
-            shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
-        with RunLock(work):
-            result = _Job(request, folder, work, say, Hub(say)).run()
+        with _lock(folder):
+            locked = True
+            if existing is not None:
+                result = GetResult(folder, existing, fresh=False)
+            else:
+                if request.redo or read_json(work / "request.json") != wanted:
+                    _clear(work)
+                result = _Job(request, wanted, folder, work, say, Hub(say)).run()
         shutil.rmtree(work)
         return result
-    except CheckpointError as error:
-        what, how = "another `penchant data get` is writing there", "wait for it, or choose another --output"
-        raise DataError(str(folder), what, how) from error
     except PenchantError:
-        if request.source is not None and not any(work.glob("part-*")):  # nothing was read yet
+        if locked and request.source is not None and not any(work.glob("part-*")):  # nothing was read yet
             shutil.rmtree(work, ignore_errors=True)
             if made_here:
                 with suppress(OSError):
@@ -105,6 +106,25 @@ def get_data(request: GetRequest, say: Callable[[str], None] = lambda line: None
         what = f"cannot be written ({error.strerror or error})"
         how = "free some space" if error.errno == 28 else "fix that, or choose another --output"
         raise DataError(str(folder), what, f"{how}; then the same command continues") from error
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder. Raises DataError if one is writing it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(RunLock(folder / WORK))
+        except CheckpointError as error:
+            what, how = "another `penchant data get` is writing there", "wait for it, or choose another --output"
+            raise DataError(str(folder), what, how) from error
+        yield
+
+
+def _clear(work: Path) -> None:
+    """Remove what an earlier request left, but not the lock."""
+    for path in work.iterdir():
+        if path.name != LOCK:
+            path.unlink()
 
 
 def default_output(name: str) -> str:
@@ -135,16 +155,22 @@ def _check_folder(folder: Path, identity: Mapping[str, Any], redo: bool) -> Mapp
             raise ConfigError(str(folder), what, "choose another --output")
     if redo or (existing is None and started_request is None):
         return None
-    if existing is not None and existing["request"] == current:
+    finished = None if existing is None else {**_recorded_labels(existing), **existing["request"]}
+    if finished == current:
+        assert existing is not None
         _check_files(folder, existing, how)
         return cast(Mapping[str, Any], existing)
     if started_request == current:
         return None
     state = "holds" if existing is not None else "holds the beginning of"
-    changes = "".join(
-        f"\n  {line}" for line in differences(existing["request"] if existing else started_request, current)
-    )
+    changes = "".join(f"\n  {line}" for line in differences(finished or started_request, current))
     raise ConfigError(str(folder), f"{state} what other arguments gave; old -> new:{changes}\n", how)
+
+
+def _recorded_labels(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The labels' hash of a result that was written by 0.1.0, whose request lacks it."""
+    sha256 = result.get("labelled_with_sha256")
+    return {} if sha256 is None else {"labels_sha256": sha256}
 
 
 def _check_files(folder: Path, result: Mapping[str, Any], advice: str) -> None:
@@ -157,6 +183,7 @@ def _check_files(folder: Path, result: Mapping[str, Any], advice: str) -> None:
 @dataclass(slots=True)
 class _Job:
     request: GetRequest
+    identity: Mapping[str, Any]
     folder: Path
     work: Path
     say: Callable[[str], None]
@@ -222,7 +249,7 @@ class _Job:
             if source.layout is not None:
                 self._conversion(source)  # raises now if it cannot be converted
         write_json(self.work / "plan.json", asdict(plan))
-        write_json(self.work / "request.json", identity(self.request))
+        write_json(self.work / "request.json", self.identity)
         if plan.left_out:
             self.say(plan.left_out)
         return plan
@@ -364,7 +391,7 @@ class _Job:
             "labelled_with_sha256": label_sha256,
             "sources": read,
             "files": files,
-            "request": identity(self.request),
+            "request": self.identity,
         }
         write_json(self.folder / "data.json", data)
         return GetResult(self.folder, read_json(self.folder / "data.json"), fresh=True)

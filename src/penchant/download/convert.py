@@ -230,18 +230,23 @@ def labeller_of(request: GetRequest) -> Labeller | None:
     Raises:
         ConfigError: there is no such reward, file or function.
     """
-    if request.label_with is None and (request.reward is None or request.threshold is None):
+    sha256 = labels_sha256(request)
+    if request.label_with is not None:
+        return Labeller(_by_function(request.label_with), sha256)
+    if request.reward is None or request.threshold is None:
+        return None
+    return Labeller(_by_reward(request.reward, request.threshold), sha256)
+
+
+def labels_sha256(request: GetRequest) -> str | None:
+    """The hash of the files that label answers; None if nothing does, or a built-in reward."""
+    name = request.label_with if request.label_with is not None else request.reward
+    if name is None:
         return None
     from penchant.rewards.reward_model import content_sha256, contents_beside
 
-    def content(name: str) -> str | None:
-        own_hash, beside_hashes = content_sha256(name), contents_beside(name)
-        return hashlib.sha256(repr((own_hash, beside_hashes)).encode()).hexdigest() if beside_hashes else own_hash
-
-    if request.label_with is not None:
-        return Labeller(_by_function(request.label_with), content(request.label_with))
-    assert request.reward is not None and request.threshold is not None
-    return Labeller(_by_reward(request.reward, request.threshold), content(request.reward))
+    own_hash, beside_hashes = content_sha256(name), contents_beside(name)
+    return hashlib.sha256(repr((own_hash, beside_hashes)).encode()).hexdigest() if beside_hashes else own_hash
 
 
 def _by_reward(name: str, threshold: float) -> LabelFunction:

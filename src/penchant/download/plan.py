@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Any
 from penchant.base.files import file_sha256
 from penchant.base.functions import own_sha256
 from penchant.data.read import ENDINGS, ending, find_files
-from penchant.data.split import SPLITS
 from penchant.download.catalogue import HUB, Files, Spec, chosen_subsets, find_spec, is_hub_id, unknown_name_error
+from penchant.download.convert import labels_sha256
 from penchant.download.hub import Hub, HubFile, Repository
 from penchant.errors import ConfigError, DataError
 from penchant.requests import GetRequest
@@ -31,13 +31,13 @@ REDACTED = ("keep", "only", "drop")
 
 
 def identity(request: GetRequest) -> dict[str, Any]:
-    """The options that determine the result, as JSON values: all but output, redo, quiet and workers."""
-    options = json.loads(
+    """What determines the result, as JSON values: the options but output, redo, quiet and workers, and the user's own files."""
+    options: dict[str, Any] = json.loads(
         json.dumps({k: v for k, v in asdict(request).items() if k not in ("output", "redo", "quiet", "workers")})
     )
     options["source"] = None if request.source is None else str(Path(request.source).expanduser().resolve())
-    layout_hash = own_sha256(request.layout or "")
-    return dict(options) if layout_hash is None else {**options, "layout_sha256": layout_hash}
+    hashes = {"layout_sha256": own_sha256(request.layout or ""), "labels_sha256": labels_sha256(request)}
+    return options | {name: value for name, value in hashes.items() if value is not None}
 
 
 def check_request(request: GetRequest) -> None:
@@ -228,9 +228,7 @@ def _card_files(
     chosen = [
         (f, split, "" if name == "default" else name)
         for name in selected
-        for split, patterns in _card_splits(configs_by_name[name])
-        for f in files
-        if any(fnmatchcase(f.path, p) or f.path.startswith(p.rstrip("/") + "/") for p in patterns)
+        for f, split in _config_files(configs_by_name[name], files)
     ]
     unread = [n for n in configs_by_name if n not in selected]
     if not chosen:
@@ -238,14 +236,25 @@ def _card_files(
     return chosen, f"subsets not read: {', '.join(unread)} (--subset)" if unread else ""
 
 
-def _card_splits(config: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    data_files = config.get("data_files")
-    if isinstance(data_files, list) and all(isinstance(g, Mapping) for g in data_files):
-        return [(split_of(str(g.get("split", "train"))), _patterns(g.get("path"))) for g in data_files]
-    if data_files is not None:
-        return [("train", _patterns(data_files))]
-    folder = str(config.get("data_dir", "")).strip("/")
-    return [(split, [f"{folder}/*{split}*"]) for split in SPLITS] if folder else []
+def _config_files(config: Mapping[str, Any], files: Sequence[HubFile]) -> Iterator[tuple[HubFile, str]]:
+    """(file, split) of one entry of a card; its patterns start from its `data_dir`."""
+    data_files, folder = config.get("data_files"), str(config.get("data_dir") or "").strip("/")
+    prefix = f"{folder}/" if folder else ""
+    inside = {f.path.removeprefix(prefix): f for f in files if f.path.startswith(prefix)}
+    if data_files is None:
+        yield from ((f, split_of(path)) for path, f in inside.items() if folder)
+        return
+    is_grouped = isinstance(data_files, list) and all(isinstance(g, Mapping) for g in data_files)
+    for group in data_files if is_grouped else [{"path": data_files}]:
+        for path, f in inside.items():
+            if any(_fits(path, p) for p in _patterns(group.get("path"))):
+                yield f, split_of(str(group.get("split", "train")))
+
+
+def _fits(path: str, pattern: str) -> bool:
+    """Whether a path is one of a pattern, or in the folder that it names; ``**/`` also stands for no folder."""
+    patterns = {pattern, pattern.replace("**/", "")}
+    return any(fnmatchcase(path, p) or path.startswith(p.rstrip("/") + "/") for p in patterns)
 
 
 def _patterns(value: Any) -> list[str]:

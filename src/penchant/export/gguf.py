@@ -39,7 +39,7 @@ class Vocabulary:
 
     Args:
         model: gpt2 (bytes as letters, merges) or llama (pieces with scores); pre: the pre-tokenizer; tokens, types, scores: by id.
-        special: ids of bos, eos, unk and pad, as far as they exist; notes: remarks for the user.
+        special: ids of bos, eos, unk and pad, as far as they exist; chat_template: one, or several with names; notes: remarks for the user.
     """
 
     model: str
@@ -52,7 +52,7 @@ class Vocabulary:
     adds_bos: bool
     adds_eos: bool
     adds_space: bool
-    chat_template: str | None
+    chat_template: str | list[dict[str, str]] | None
     notes: tuple[str, ...] = ()
 
 
@@ -81,6 +81,8 @@ def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
     ids = {k: getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "unk", "pad")}
     first = tokenizer("a")["input_ids"]
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, Mapping):
+        template = [{"name": name, "template": text} for name, text in template.items()]
     return Vocabulary(
         model=kind,
         pre=pre,
@@ -92,7 +94,7 @@ def vocabulary_of(tokenizer: Any, rows: int, where: str) -> Vocabulary:
         adds_bos=bool(first) and first[0] == tokenizer.bos_token_id,
         adds_eos=bool(first) and first[-1] == tokenizer.eos_token_id,
         adds_space=adds_space,
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=template,
         notes=notes,
     )
 

@@ -27,6 +27,7 @@ from penchant.report.svg import (
     tag,
     with_interval,
 )
+from penchant.runfolder.read import start_names
 from penchant.runfolder.values import ci_of, mapping, num
 
 WIDTH, HEIGHT, RIGHT = 680, 390, 150
@@ -100,9 +101,15 @@ def runs_frontier(data: ReportData) -> Frontier | None:
             spots = [s for setting in data.settings if (s := _spot(setting, gain, held_out, len(data.runs) == 1))]
             if spots:
                 starts = [v for r in data.runs if held_out and (v := num(r.first, f"eval/{gain}")) is not None]
-                start = mean(starts) if starts else 0.5 if share else None
+                start = 0.5 if share else None
+                if starts and _has_one_start(data):
+                    start = mean(starts)
                 return Frontier(label, share, tuple(spots), start, _source(data, spots, held_out))
     return None
+
+
+def _has_one_start(data: ReportData) -> bool:
+    return len({*start_names({run.name: run for run in data.runs}).values()}) == 1
 
 
 def _source(data: ReportData, spots: Sequence[Spot], held_out: bool) -> str:
@@ -112,6 +119,8 @@ def _source(data: ReportData, spots: Sequence[Spot], held_out: bool) -> str:
         source += "; a setting with several seeds stands at their mean, its bars are their range"
     if any(s.x_ci and s.runs == 1 for s in spots):
         source += "; bars are 95% intervals by prompt"
+    if not _has_one_start(data):
+        source += "; the runs start from different models, and each one's KL is to its own start"
     missing = len(data.settings) - len(spots)
     return source + (f"; {missing} without these figures left out" if missing else "")
 

@@ -11,12 +11,13 @@ from penchant.base.text import counted
 from penchant.report.data import ReportData
 from penchant.report.html import Element, Node, el, muted, user_text
 from penchant.report.svg import number
+from penchant.runfolder.read import START, start_names
 from penchant.runfolder.values import mapping, mappings, num, text
 
 MAX_OPEN = 20  # number of cards that start unfolded
 MAX_BYTES = 800_000  # maximum bytes of texts and markup on one page
 MAX_CHARACTERS = 4_000  # maximum characters of a text; longer ones are cut with a note
-START, SYSTEM = "start", "system"
+SYSTEM = "system"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,21 +91,23 @@ def _cards_from_rows(data: ReportData, rows: Sequence[object]) -> CardSet:
 
 
 def cards_from_runs(data: ReportData) -> CardSet:
-    """Samples of all runs, one card per prompt; the initial model's answer is shown once, from the first run that has it."""
-    names, keys = [START], [""]
+    """Samples of all runs, one card per prompt; an initial model's answer is shown once, from the first run that has it."""
+    starts = start_names({run.name: run for run in data.runs})
+    names = list(dict.fromkeys(starts.values()))
+    keys = [""] * len(names)
     alone = len(data.runs) == 1
     by_prompt: dict[tuple[str, int], list[Answer]] = {}
     turns: dict[str, tuple[tuple[str, str], ...]] = {}
     for run in data.runs:
-        model = len(names)
+        model, start = len(names), names.index(starts[run.name])
         seen: Counter[str] = Counter()
         for row in run.samples:
             prompt = text(row.get("prompt"))
             seen[prompt] += 1
             turns[prompt] = turns.get(prompt) or _turns(row)
             answers = by_prompt.setdefault((prompt, seen[prompt]), [])
-            if "before" in row and not any(a.model == 0 for a in answers):
-                answers.append(Answer(0, text(row.get("before")), num(row, "reward_before")))
+            if "before" in row and not any(a.model == start for a in answers):
+                answers.append(Answer(start, text(row.get("before")), num(row, "reward_before")))
             if "after" in row:
                 answers.append(Answer(model, text(row.get("after")), num(row, "reward_after")))
         if any("after" in row for row in run.samples):

@@ -30,22 +30,27 @@ FIGURES = (  # name, label, share
 
 
 def win_rates(data: ReportData) -> Element | None:
-    """Both matrices of every comparison, by its reward and by every other one; None if there are no pairs."""
+    """Both matrices of every comparison, by its reward, by every other one and by its judge; None if there are no pairs."""
     parts: list[Node] = []
     for c in data.comparisons:
         first = next(iter(mapping(c.figures.get("models"))), "")
-        groups = {"": comparison_pairs(c)} | {k: mappings(v) for k, v in mapping(c.figures.get("also")).items()}
-        for judge, pairs in groups.items():
+        judgement = mapping(c.figures.get("judge"))
+        main, judged = comparison_pairs(c), mappings(judgement.get("comparisons"))
+        groups = [("", text(c.figures.get("outcome")) or "outcome", main)]
+        groups += [(k, f"reward by {k}", mappings(v)) for k, v in mapping(c.figures.get("also")).items()]
+        if judged != main:  # without a reward they may be the comparison's own
+            groups.append((text(judgement.get("name")), f"win rate by {text(judgement.get('name'))}", judged))
+        for judge, quantity, pairs in groups:
             kinds = (("win_rate", "Win rate"), ("equal_length", "At equal length"))
             suffix = f", by {judge}" if judge else ""
             drawn = [_matrix(pairs, field, title + suffix, first) for field, title in kinds]
             matrices = [m for m in drawn if m is not None]
             parts += [el("div", matrices, class_="matrices")] if matrices else []
-            parts += [_pairs_table(pairs, judge, text(c.figures.get("outcome")))] if pairs else []
+            parts += [_pairs_table(pairs, quantity)] if pairs else []
     if not parts:
         return None
     legend = note(
-        "Each cell: how often the row\u2019s completion has the higher reward than the column\u2019s on the same prompt, a tie counting half, with its 95% interval. ",
+        "Each cell: how often the row\u2019s completion has the higher reward than the column\u2019s on the same prompt, or is preferred by the judge, a tie counting half, with its 95% interval. ",
         "Cells whose interval includes one half are pale.",
     )
     has_matrix = any(isinstance(p, Element) and ("class", "matrices") in p.attributes for p in parts)
@@ -117,7 +122,7 @@ def _cell(rate: Interval | None, is_self: bool) -> Element:
     return el("td", el("b", percent(rate.estimate)), ends, class_=f"{direction}{shade}")
 
 
-def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -> Element | None:
+def _pairs_table(pairs: Sequence[Mapping[str, Any]], quantity: str) -> Element | None:
     diffs = [(p, d) for p in pairs if (d := pair_interval(p, "difference")) is not None]
     if not diffs:
         return None
@@ -131,7 +136,6 @@ def _pairs_table(pairs: Sequence[Mapping[str, Any]], judge: str, outcome: str) -
         plot = el("span", interval_plot(d.estimate, ci, 0.0, *scale), class_="marks")
         values = el("b", estimate(d.estimate, ci)), interval(*ci)
         rows.append([names, *values, plot, p_value(num(pair, "p")), p_value(num(pair, "p_corrected"))])
-    quantity = f"reward by {judge}" if judge else outcome or "outcome"
     seeds = ", and by seeds where there are several" if any(num(p, "p_seeds") is not None for p, _ in diffs) else ""
     caption = f"Differences of {quantity}; p by prompt{seeds}, corrected (Holm) for {len(diffs)}"
     head = ["comparison", "difference", "95% interval", "", "p", "p corrected"]

@@ -478,7 +478,7 @@ def _decode_in_waves(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Decode prompts of similar length together, or of equal length if the model does not support padding."""
-    decoder_class, n, room = _decoder_class(model), written.settings.n, cache_room(written.device)
+    way, n, room = decoder_class(model), written.settings.n, cache_room(written.device)
     size = model.get_input_embeddings().weight.element_size()
 
     def fits(count: int, longest: int) -> bool:
@@ -489,12 +489,12 @@ def _decode_in_waves(
     while waiting:
         wave = [waiting.popleft()]
         while waiting and fits(len(wave) + 1, longest := len(prompts[waiting[0]])):
-            if not decoder_class.pads and longest > len(prompts[wave[0]]):
+            if not way.pads and longest > len(prompts[wave[0]]):
                 break
             wave.append(waiting.popleft())
         for i in wave:
             written.begin(i)
-        _decode_together(decoder_class(model), prompts, wave, written)
+        _decode_together(way(model), prompts, wave, written)
         done += len(wave)
         if progress is not None:
             progress(done, len(prompts))
@@ -638,7 +638,7 @@ class _Recomputed:
         return cast(Tensor, self.model(input_ids=self.ids, **without_cache(self.model)).logits[:, -1])
 
 
-def _decoder_class(model: Any) -> type[_Cached | _Recomputed]:
+def decoder_class(model: Any) -> type[_Cached | _Recomputed]:
     """The first decoding method that matches a pass over whole rows; tested once per model on a few tokens."""
     base = base_model_of(model)
     chosen: type[_Cached | _Recomputed] | None = getattr(base, "_penchant_way", None)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -39,7 +39,7 @@ from penchant.runfolder import (
     is_intact,
     line_sha256,
 )
-from penchant.runfolder.values import mapping, mappings
+from penchant.runfolder.values import mapping, mappings, text
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -173,6 +173,17 @@ class Folder:
 def read_folder(folder: Path | str) -> Folder:
     """Open a folder for reading; see `Folder`."""
     return Folder(Path(folder))
+
+
+START = "start"  # the name of the model that runs start from
+
+
+def start_names(runs: Mapping[str, Folder]) -> dict[str, str]:
+    """What each run's starting model is called, by the run's name: START, or by its first run if the runs start from several."""
+    models = {name: mapping(folder.manifest.get("model")) for name, folder in runs.items()}
+    keys = {name: text(model.get("sha256")) + text(model.get("adapter")) for name, model in models.items()}
+    firsts = {key: name for name, key in reversed(keys.items())}
+    return {name: START if len(firsts) == 1 else f"{START} of {firsts[key]}" for name, key in keys.items()}
 
 
 # ---- Following a folder while another process writes it: each byte is read once ----

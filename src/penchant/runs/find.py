@@ -28,13 +28,12 @@ from penchant.runfolder import (
     is_intact,
     leads_to_model,
 )
-from penchant.runfolder.read import read_folder
+from penchant.runfolder.read import START, read_folder
 from penchant.runfolder.values import mapping, text
 from penchant.runs.identity import run_identity
 from penchant.runs.state import model_folder
 from penchant.training.checkpoint import find_checkpoint
 
-START = "start"
 TRAINING_ONLY = ("checkpoint", "logging", "trust")  # sections whose settings do not change an evaluation
 USED_BY_EVALUATION = ("tokens_per_step", "packing", "deterministic", "tf32", "threads", "seed")  # of `train`
 

@@ -464,7 +464,8 @@ class Responses:
     def _text_logprobs(self, tokens: Sequence[ShownToken]) -> Json:
         top: list[dict[str, float]] = [{} for _ in tokens]
         for likeliest, t in zip(top, tokens, strict=True):
-            for token, logp in t.sampled.likeliest:  # partial characters share one text: keep the most likely
+            # the sampled token is among them even if it is unlikely; partial characters share one text: keep the most likely
+            for token, logp in (*t.sampled.likeliest, (t.sampled.token, t.sampled.logp)):
                 likeliest.setdefault(token_text(self._tokenizer, token), logp)
         return {
             "tokens": [token_text(self._tokenizer, t.sampled.token) for t in tokens],

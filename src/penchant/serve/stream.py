@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from penchant.base.machine import place_of
 from penchant.models.cpu.decode import FastDecoder, can_decode_fast
-from penchant.rollout.generate import check_logps, draw, row_uniforms
+from penchant.rollout.generate import check_logps, decoder_class, draw, row_uniforms
 from penchant.serve.model import ChatModel
 
 
@@ -91,33 +92,21 @@ class _PackedDecoder:
 
 
 class _TransformersDecoder:
-    """Any transformers model, with its own cache."""
+    """Any transformers model, decoded as `sample` decodes it: with its own cache if that gives what whole rows give."""
 
     def __init__(self, model: Any, prompt: Sequence[int], rows: int) -> None:
-        self._model, self._prompt, self._rows = model, list(prompt), rows
-        self._device = next(model.parameters()).device
-        self._cache: Any = None
-        self._position = len(self._prompt)
+        self._decoder = decoder_class(model)(model)
+        self._prompt, self._rows, self._device = list(prompt), rows, place_of(model)
 
     def first(self) -> Tensor:
-        out = self._model(input_ids=torch.tensor([self._prompt], device=self._device), use_cache=True, logits_to_keep=1)
-        self._cache = out.past_key_values
-        if self._rows > 1:
-            self._cache.batch_repeat_interleave(self._rows)
-        logits: Tensor = out.logits[:, -1]
-        return logits.repeat_interleave(self._rows, dim=0)
+        return self._decoder.first(torch.tensor([self._prompt], device=self._device), self._rows, [0])
 
     def next(self, tokens: Tensor) -> Tensor:
-        ids = tokens[:, None].to(self._device)
-        position = torch.full_like(ids, self._position)
-        self._position += 1
-        out = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, position_ids=position)
-        logits: Tensor = out.logits[:, -1]
-        return logits
+        return self._decoder.step(tokens.to(self._device))
 
     def keep_rows(self, active: Tensor) -> Tensor:
         order = active.nonzero().squeeze(1)
-        self._cache.batch_select_indices(order.to(self._device))
+        self._decoder.keep(order.to(self._device))
         return order
 
 
@@ -136,7 +125,8 @@ class Stream:
         if fast is not None:
             self._backend = _PackedDecoder(fast, prompt, n, new_tokens)
         else:
-            self._backend = _TransformersDecoder(chat_model.model, prompt, n)
+            with torch.inference_mode():  # a model's first prompt tries ways of decoding
+                self._backend = _TransformersDecoder(chat_model.model, prompt, n)
         self._rows = torch.arange(n)  # the answer that each active row belongs to
         self._stopped: set[int] = set()
         self._tokens: Tensor | None = None
@@ -208,6 +198,7 @@ class Stream:
 # ---- tokens to text ----
 
 BROKEN = "\ufffd"  # replacement character: the bytes of an incomplete character decode to it
+SPACE = "▁"  # a space in a SentencePiece token
 CONTEXT = 8  # prompt tokens to decode along with a continuation
 
 
@@ -233,10 +224,14 @@ class Detokenizer:
 
     def _settle(self, ids: list[int]) -> None:
         """Treat the text of these tokens as final."""
-        tail = ids[-CONTEXT:]
-        skip = self._decode(tail) if tail else ""
-        if BROKEN not in skip:  # otherwise the last character may still change
-            self._context, self._skip, self._ids, self._returned = tail, skip, [], ""
+        for count in range(
+            CONTEXT, CONTEXT + 4
+        ):  # a character has up to four tokens, and the tail must not begin within one
+            tail = ids[-count:]
+            skip = self._decode(tail) if tail else ""
+            if BROKEN not in skip:  # otherwise the last character may still change
+                self._context, self._skip, self._ids, self._returned = tail, skip, [], ""
+                return
 
     def _text(self) -> str:
         """Return the text of the tokens in _ids, with partial characters as U+FFFD."""
@@ -301,7 +296,10 @@ def _overlap(text: str, stop: str) -> int:
 
 def token_text(tokenizer: Any, token: int) -> str:
     """Decode a single token, special tokens included; U+FFFD if it holds a partial character."""
-    return str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    text = str(tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    piece = tokenizer.convert_ids_to_tokens(token) or ""
+    spaces = len(piece) - len(piece.lstrip(SPACE))  # SentencePiece decoders drop the space that a text begins with
+    return text if text.startswith(SPACE) else " " * spaces + text.lstrip(" ") if spaces else text
 
 
 def token_bytes(tokenizer: Any, token: int) -> list[int] | None:

@@ -23,11 +23,18 @@ from penchant.base.files import file_sha256, fsync, temp_path, write_atomically,
 from penchant.errors import DataError
 from penchant.judges.humans import PREFERENCES, Preferences, prompt_key
 from penchant.runfolder import COMPARISON, COMPARISON_ROWS, LOCK, SAMPLES, write_lock_holder
-from penchant.runfolder.read import json_object, lock_holder, lock_state, read_lines, read_text
+from penchant.runfolder.read import (
+    json_object,
+    lock_holder,
+    lock_state,
+    read_folder,
+    read_lines,
+    read_text,
+    start_names,
+)
 from penchant.runfolder.values import mapping
 
 ARENAS, ARENA, PAIRS, WRITTEN = "arenas", "arena.json", "pairs.jsonl", "written.jsonl"
-START = "start"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
 REASONS = ("correct", "clear", "helpful", "honest", "concise", "safe", "style")
 MAX_PAIRS = 20_000
@@ -246,7 +253,7 @@ class Answers:
 
 
 def answers_from_runs(folders: Sequence[Path]) -> Answers:
-    """Return the last samples of runs and of their starting model, grouped by prompt.
+    """Return the last samples of runs and of what they start from, grouped by prompt.
 
     Raises:
         DataError: no prompt has two answers.
@@ -254,6 +261,7 @@ def answers_from_runs(folders: Sequence[Path]) -> Answers:
     rows_by_key: dict[tuple[str, int], tuple[Any, dict[str, str]]] = {}
     models: dict[str, dict[str, str]] = {}
     names = _short_names(folders)
+    starts = start_names({names[folder]: read_folder(folder) for folder in folders})
     for folder in folders:
         occurrences: dict[str, int] = {}
         file = folder / SAMPLES
@@ -264,7 +272,7 @@ def answers_from_runs(folders: Sequence[Path]) -> Answers:
             key = prompt_key(prompt)
             occurrences[key] = occurrences.get(key, 0) + 1
             answers = rows_by_key.setdefault((key, occurrences[key]), (prompt, {}))[1]
-            for name, text in ((START, row.get("before")), (names[folder], row.get("after"))):
+            for name, text in ((starts[names[folder]], row.get("before")), (names[folder], row.get("after"))):
                 if isinstance(text, str):
                     answers.setdefault(name, text)
                     models.setdefault(name, {"source": str(file), "sha256": file_sha256(file)})

@@ -347,9 +347,8 @@ def _make_item(converted: Converted, number: int) -> Item:
 
 
 def search_bytes(word: str) -> bytes:
-    """Return lower-case bytes that every JSON line containing the text must contain: its longest ASCII part, JSON-escaped."""
-    parts = re.findall(r"[ -~]+", word.lower())
-    return json.dumps(max(parts, key=len, default=""))[1:-1].encode()
+    """Return lower-case bytes that every JSON line containing the text must contain: its longest part that no writer of JSON escapes."""
+    return max(re.findall(r"[ 0-9a-z]+", word.lower()), key=len, default="").encode()
 
 
 def contains_text(raw: Any, word: str) -> bool:

@@ -14,6 +14,7 @@ from penchant.base.text import one_line
 from penchant.errors import DataError
 from penchant.judges.endpoint import connect, error_message, is_local
 from penchant.judges.humans import turns_of
+from penchant.runfolder.values import mapping
 
 if TYPE_CHECKING:
     from penchant.studio.app import Studio
@@ -145,7 +146,11 @@ class Writers:
                     message = endpoint.without_key(one_line(error_message(await reply.aread()))[:300])
                     raise DataError(where, f"answered {reply.status_code}: {message}", "check its address and model")
                 async for line in reply.aiter_lines():
-                    if piece := _delta_text(line):
+                    chunk = _event_json(line)
+                    if chunk.get("error"):
+                        message = endpoint.without_key(one_line(error_message(json.dumps(chunk).encode()))[:300])
+                        raise DataError(where, f"broke off: {message}", "load the page to try again")
+                    if piece := _delta_text(chunk):
                         yield piece
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise DataError(where, f"cannot be asked ({type(error).__name__})", "check that it is running") from error
@@ -174,13 +179,19 @@ def _approved_endpoints() -> list[Any]:
     return approved if isinstance(approved, list) else []
 
 
-def _delta_text(line: str) -> str:
-    """Return the text in one line of the event stream."""
+def _event_json(line: str) -> dict[str, Any]:
+    """Return the JSON of one line of the event stream, or {} if there is none."""
     kind, _, data = line.partition(":")
-    if kind != "data" or data.strip() in ("", "[DONE]"):
-        return ""
     try:
-        text = json.loads(data)["choices"][0]["delta"].get("content")
-    except (ValueError, LookupError, TypeError, AttributeError):
+        return mapping(json.loads(data)) if kind == "data" else {}
+    except ValueError:  # such as [DONE]
+        return {}
+
+
+def _delta_text(chunk: Mapping[str, Any]) -> str:
+    """Return the text in one chunk of an answer."""
+    try:
+        text = chunk["choices"][0]["delta"].get("content")
+    except (LookupError, TypeError, AttributeError):
         return ""
     return text if isinstance(text, str) else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -107,7 +108,14 @@ class TensorBoard:
 # ---- MLflow: a run of the experiment named like the project, in `MLFLOW_TRACKING_URI` or in a SQLite file of its own ----
 
 STATUS = {"finished": "FINISHED", "paused": "FINISHED", "stopped": "FAILED"}  # any other status becomes KILLED
-METRICS, PARAMS, LONGEST = 1000, 100, 6000  # MLflow's limits: metrics and parameters per request, characters
+# MLflow's limits: metrics and parameters per request, characters of a value and of a name
+METRICS, PARAMS, LONGEST, LONGEST_NAME = 1000, 100, 6000, 250
+
+
+def mlflow_name(name: str) -> str:
+    """The name of a parameter, metric or tag as MLflow accepts it: a reward is named by its expression, such as ``matches:^[0-9]+$``."""
+    parts = re.sub(r"[^\w./ :-]", "_", name).split("/")
+    return "/".join(part if part.strip(".") else "_" for part in parts)[:LONGEST_NAME].rstrip("/")
 
 
 class MLflow:
@@ -125,11 +133,12 @@ class MLflow:
             return Started(self.id, uri)
         existing = self.client.get_experiment_by_name(info.project)
         experiment = existing.experiment_id if existing else self.client.create_experiment(info.project)
-        tags = {"mlflow.source.name": "penchant", **dict.fromkeys(info.tags, "true")}
+        tags = {"mlflow.source.name": "penchant", **dict.fromkeys(map(mlflow_name, info.tags), "true")}
         if info.group:
             tags["group"] = info.group
         self.id = self.client.create_run(experiment, run_name=info.name, tags=tags).info.run_id
-        params = [Param(name, str(value)[:LONGEST]) for name, value in flatten(info.config).items()]
+        settings = {mlflow_name(name): str(value)[:LONGEST] for name, value in flatten(info.config).items()}
+        params = [Param(*setting) for setting in settings.items()]
         for start in range(0, len(params), PARAMS):
             self.client.log_batch(self.id, params=params[start : start + PARAMS])
         return Started(self.id, uri)
@@ -138,7 +147,9 @@ class MLflow:
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
-        metrics = [Metric(name, value, now, line.step) for line in lines for name, value in line.values.items()]
+        metrics = [
+            Metric(mlflow_name(name), value, now, line.step) for line in lines for name, value in line.values.items()
+        ]
         for start in range(0, len(metrics), METRICS):
             self.client.log_batch(self.id, metrics=metrics[start : start + METRICS])
 
