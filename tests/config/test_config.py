@@ -140,7 +140,7 @@ def test_a_mistyped_metric_of_checkpoints_is_refused_unless_the_users_code_may_l
     text = BASE + "checkpoint: {metric: eval/rewards/acuracies}"
     with pytest.raises(ConfigError, match=r'checkpoint.metric .*did you mean "eval/rewards/accuracies"'):
         _load(tmp_path, text)
-    for metric in ("eval/loss", "eval/held/rewards/margins", "eval/rewards/words/mean"):
+    for metric in ("eval/loss", "eval/held/loss", "eval/rewards/words/mean"):
         assert _load(tmp_path, BASE, f"checkpoint.metric={metric}").checkpoint.metric == metric
     _load(tmp_path, text, "algorithm=rloo", f"reward={tmp_path}/mine.py:reward")
     (tmp_path / "config.resolved.yaml").write_text(text)
