@@ -250,13 +250,11 @@ def _perplexity(model: Any, tokenizer: Any, path: str) -> float:
     return float(np.exp(-_logps(model, trees).sum() / tokens))
 
 
-def _write_samples(
-    folder: Path, openings: Sequence[str], before: Completions, after: Completions, count: int = 12
-) -> None:
+def _write_samples(folder: Path, openings: Sequence[str], before: Completions, after: Completions) -> None:
     """Write the first continuation of the first openings, before and after training, without any selection."""
     assert before.rewards is not None and after.rewards is not None
     lines = []
-    for i, opening in enumerate(openings[:count]):
+    for i, opening in enumerate(openings[:12]):
         index = i * EVAL_SAMPLES
         rewards = {"reward_before": float(before.rewards[index]), "reward_after": float(after.rewards[index])}
         row = {"prompt": opening, "before": before.texts[index], "after": after.texts[index], **rewards}

@@ -33,22 +33,23 @@ ALGORITHMS: dict[str, type[AlgorithmConfig]] = {
 }
 
 
-def find_algorithm(name: str, where: str = "algorithm.name") -> type[AlgorithmConfig]:
+def find_algorithm(name: str) -> type[AlgorithmConfig]:
     """The config section of an algorithm, from `ALGORITHMS` or a user's file.
 
     Raises:
         ConfigError: no such file or class, or a class that is not an `AlgorithmConfig`. ValueError: no such algorithm.
     """
     if is_own(name):
-        return _load_own_algorithm(name, own_sha256(name), where)
+        return _load_own_algorithm(name, own_sha256(name))
     if name not in ALGORITHMS:
         raise ValueError(f"name is {name!r}; {did_you_mean(name, ALGORITHMS)}")
     return ALGORITHMS[name]
 
 
 @functools.lru_cache(maxsize=16)
-def _load_own_algorithm(name: str, sha256: str | None, where: str) -> type[AlgorithmConfig]:
+def _load_own_algorithm(name: str, sha256: str | None) -> type[AlgorithmConfig]:
     """Cached by file content: `sha256` is an argument so that an edited file is loaded again."""
+    where = "algorithm.name"
     section = python_object(name, where, "class")
     if not inspect.isclass(section) or not issubclass(section, AlgorithmConfig):
         raise ConfigError(where, f"{name} is not an AlgorithmConfig", "docs/own_algorithms.md has an example")

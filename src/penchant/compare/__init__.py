@@ -175,18 +175,9 @@ class RunComparer:
     def test_rows(self) -> Dataset:
         """The rows of `--data`, read with the data settings of the first reader."""
         file, data = _resolve(str(self.question.data)), self.readers[0].config.data
-        rows = load_preferences(
-            str(file),
-            shape=data.shape,
-            columns=data.columns,
-            on_bad_row=data.on_bad_row,
-            identical=data.identical,
-            layout_options=data.layout_options,
-            bounds=data.bounds.model_dump(),
-            keep_columns=self._reads_columns,
-            image_dir=(data.image_dir or "") if self._is_vision else None,
-            rollouts=self._reads_columns and self.readers[0].config.method.signal == "prompts",
-        )
+        how = data.reading(pictures=self._is_vision) | {"limit": None}
+        rollouts = self._reads_columns and self.readers[0].config.method.signal == "prompts"
+        rows = load_preferences(str(file), keep_columns=self._reads_columns, rollouts=rollouts, **how)
         if rows.kind == "text":
             raise DataError(str(file), "holds texts without prompts", "give rows with prompts")
         if data.weight is not None:

@@ -94,11 +94,10 @@ class RowsPart:
         return StoredRows(self.folder, "", indices)
 
 
-def parts_of(rows: StoredRows, size: int | None = None) -> Iterator[RowsPart]:
-    """Rows in order, `size` (default `PART`) at a time."""
-    size = size or PART
-    for start in range(0, len(rows), size):
-        end = min(start + size, len(rows))
+def parts_of(rows: StoredRows) -> Iterator[RowsPart]:
+    """Rows in order, `PART` at a time."""
+    for start in range(0, len(rows), PART):
+        end = min(start + PART, len(rows))
         yield RowsPart(rows.folder, start, end, None if rows.which is None else rows.which[start:end])
 
 

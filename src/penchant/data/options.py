@@ -129,6 +129,12 @@ class DataConfig(Section):
         description="auto: cache the rows, tokens and audit of files of 4 MB and more on disk, by content; off: never",
     )
 
+    def reading(self, *, pictures: bool) -> dict[str, Any]:
+        """How rows are read, as keywords of `load_preferences`; `pictures`: whether the model reads those of the prompts."""
+        kept = {"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"}
+        keywords = self.model_dump(include=kept) | self.model_dump(include={"bounds"}, exclude_defaults=True)
+        return keywords | ({"image_dir": self.image_dir or ""} if pictures else {})
+
     @model_validator(mode="before")
     @classmethod
     def _fill_path(cls, values: Any) -> Any:

@@ -76,19 +76,11 @@ class EvaluationData:
             return None if held_out is None or held_out.kind == "text" else held_out
         own_shape = self.source.run is not None  # an online run reads only prompts, but these rows may have answers
         own_limit = self.source.run is None or any(o.startswith("data.limit=") for o in self.overrides)
-        rows = load_preferences(
-            self.request.data,
-            shape="auto" if own_shape and data.shape == "prompts" else data.shape,
-            columns=data.columns,
-            on_bad_row=data.on_bad_row,
-            identical=data.identical,
-            layout_options=data.layout_options,
-            bounds=data.bounds.model_dump(),
-            limit=data.limit if own_limit else None,
-            keep_columns=needs_columns,
-            rollouts=needs_columns and self.run.rows.method.signal == "prompts",
-            image_dir=(data.image_dir or "") if self.config.model.sees else None,
-        )
+        how = data.reading(pictures=self.config.model.sees)
+        how |= {"shape": "auto"} if own_shape and data.shape == "prompts" else {}
+        how |= {} if own_limit else {"limit": None}
+        rollouts = needs_columns and self.run.rows.method.signal == "prompts"
+        rows = load_preferences(self.request.data, keep_columns=needs_columns, rollouts=rollouts, **how)
         if rows.kind == "text":
             raise DataError(", ".join(self.request.files), "holds texts without prompts", "give it as --text")
         if data.weight is not None:

@@ -66,15 +66,13 @@ def run_flags(
     return _sorted_flags((rule, finding) for rule in RULES.values() if rule.of_run and (finding := rule.of_run(view)))
 
 
-def comparison_flags(
-    figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = (), *, trust: TrustConfig | None = None
-) -> list[Flag]:
+def comparison_flags(figures: Mapping[str, Any], rows: Sequence[Mapping[str, Any]] = ()) -> list[Flag]:
     """Return the flags of a comparison, warnings first.
 
     Args:
         figures: comparison.json; rows: of comparison.jsonl, needed for the win rate at equal length if `figures` lacks it.
     """
-    view = ComparisonView(figures, rows, trust or TrustConfig())
+    view = ComparisonView(figures, rows, TrustConfig())
     return _sorted_flags((r, finding) for r in RULES.values() if r.of_comparison for finding in r.of_comparison(view))
 
 

@@ -43,9 +43,7 @@ def distinct_n(samples: Sequence[Sequence[int]], n: int = 2) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
-def distinct_n_interval(
-    samples: Sequence[Sequence[int]], clusters: Sequence[int], n: int = 2, level: float = 0.95
-) -> Interval | None:
+def distinct_n_interval(samples: Sequence[Sequence[int]], clusters: Sequence[int], n: int = 2) -> Interval | None:
     """`distinct_n` with a jackknife interval that leaves out one prompt at a time; None if there are fewer than two prompts.
 
     ``D +- t_{k-1} s``, ``s^2 = (k-1)/k sum_c (D_(c) - mean D_(.))^2``, D_(c) without prompt c. Not a bootstrap: it would draw prompts
@@ -70,7 +68,7 @@ def distinct_n_interval(
         remaining = total - sum(grams.values())
         estimates.append((len(owners) - unique) / remaining if remaining else 0.0)
     shares = np.array(estimates)
-    half = t_quantile((1 + level) / 2, k - 1) * float(np.sqrt((k - 1) / k * ((shares - shares.mean()) ** 2).sum()))
+    half = t_quantile(0.975, k - 1) * float(np.sqrt((k - 1) / k * ((shares - shares.mean()) ** 2).sum()))
     value = len(owners) / total if total else 0.0
     return Interval(value, max(0.0, value - half), min(1.0, value + half))
 

@@ -67,16 +67,14 @@ def ratio_figure(
     denominators: ArrayLike,
     clusters: ArrayLike,
     map_: Callable[[float], float] = float,
-    n: int | None = None,
 ) -> Figure:
     """``map(sum a / sum b)`` with an increasing `map_` (exp, for a perplexity); the interval resamples whole clusters.
 
     Args:
-        numerators, denominators, clusters: (n,); n: of the figure (default: the number of values).
+        numerators, denominators, clusters: (n,).
     """
     interval = bootstrap_ratio(numerators, denominators, clusters=clusters, draws=DRAWS)
-    count = len(np.asarray(numerators)) if n is None else n
-    return Figure.of(name, interval, count, clusters, map_)
+    return Figure.of(name, interval, len(np.asarray(numerators)), clusters, map_)
 
 
 def exp(value: float) -> float:

@@ -90,7 +90,6 @@ def bootstrap_ratio(
     denominators: ArrayLike,
     *,
     clusters: ArrayLike | Sequence[object] | None = None,
-    level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
@@ -114,7 +113,7 @@ def bootstrap_ratio(
     numerator_sums, denominator_sums = np.bincount(member, weights=a), np.bincount(member, weights=b)
     blocks = [(x, y) for x, y in _resample(numerator_sums, denominator_sums, draws, seed)]
     drawn, weight = np.concatenate([x for x, _ in blocks]), np.concatenate([y for _, y in blocks])
-    low, high = _percentiles(drawn[weight > 0] / weight[weight > 0], level)
+    low, high = _percentiles(drawn[weight > 0] / weight[weight > 0])
     return Interval(float(a.sum() / b.sum()), low, high)
 
 
@@ -123,7 +122,6 @@ def bootstrap_sums(
     value: Callable[[np.ndarray], float],
     *,
     clusters: ArrayLike | Sequence[object] | None = None,
-    level: float = 0.95,
     draws: int = 2000,
     seed: int = 0,
 ) -> Interval:
@@ -143,7 +141,7 @@ def bootstrap_sums(
     rng = np.random.default_rng(seed)
     k = len(sums)
     drawn = [value(np.bincount(rng.integers(0, k, k), minlength=k) @ sums) for _ in range(draws)]
-    low, high = _percentiles(np.array(drawn), level)
+    low, high = _percentiles(np.array(drawn))
     return Interval(float(value(x.sum(0))), low, high)
 
 
@@ -165,38 +163,22 @@ def _resample(sums: np.ndarray, counts: np.ndarray, draws: int, seed: int) -> It
         yield sums[picks].sum(1), counts[picks].sum(1)
 
 
-def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
+def _percentiles(drawn: np.ndarray, level: float = 0.95) -> tuple[float, float]:
     tail = (1 - level) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return float(low), float(high)
 
 
-def paired_bootstrap(
-    before: ArrayLike,
-    after: ArrayLike,
-    *,
-    clusters: ArrayLike | None = None,
-    level: float = 0.95,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> Interval:
+def paired_bootstrap(before: ArrayLike, after: ArrayLike, *, clusters: ArrayLike | None = None) -> Interval:
     """Bootstrap interval of mean(after - before) over pairs."""
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return bootstrap_ci(difference, clusters=clusters, level=level, draws=draws, seed=seed)
+    return bootstrap_ci(difference, clusters=clusters)
 
 
-def win_rate(
-    before: ArrayLike,
-    after: ArrayLike,
-    *,
-    clusters: ArrayLike | None = None,
-    ties: float = 0.5,
-    draws: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """How often `after` beats `before`; a tie counts `ties`."""
+def win_rate(before: ArrayLike, after: ArrayLike, *, clusters: ArrayLike | None = None) -> Interval:
+    """How often `after` beats `before`; a tie counts one half."""
     a, b = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
-    return share_ci((a > b) + ties * (a == b), clusters=clusters, draws=draws, seed=seed)
+    return share_ci((a > b) + 0.5 * (a == b), clusters=clusters)
 
 
 def wilson(successes: float, n: int, z: float = Z95) -> Interval:
@@ -269,7 +251,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def seeds_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95) -> Interval:
+def seeds_difference(before: ArrayLike, after: ArrayLike) -> Interval:
     """Mean difference of two methods with its interval, treating both prompts and seeds as random.
 
     ``D +- t sqrt(s_a^2 / S_a + s_b^2 / S_b + s_p^2 / n)``: s_a, s_b are the standard deviations of the seeds' means (variation between
@@ -288,7 +270,7 @@ def seeds_difference(before: ArrayLike, after: ArrayLike, *, level: float = 0.95
             "nothing says what another would have given"
         )
     # the prompts' noise within a seed's mean is counted twice: the interval is a little too wide, never too narrow
-    return interval_from_sources(a.mean() - b.mean(), [a.mean(1), b.mean(1), a.mean(0) - b.mean(0)], level=level)
+    return interval_from_sources(a.mean() - b.mean(), [a.mean(1), b.mean(1), a.mean(0) - b.mean(0)])
 
 
 def interval_from_sources(
@@ -402,14 +384,14 @@ def length_controlled_win_rate(
     return Interval(float(rates[0]), float(low), float(high))
 
 
-def _equal_length_rate(x: np.ndarray, y: np.ndarray, weights: np.ndarray, steps: int = 30) -> np.ndarray:
+def _equal_length_rate(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """sigmoid(theta) of one weighted fit per row of `weights` (m, n), by Newton's method.
 
     A Gaussian penalty (standard deviation 2 on both parameters) keeps fits finite if one side always wins.
     """
     ridge = 0.25
     theta, phi = np.zeros(len(weights)), np.zeros(len(weights))
-    for _ in range(steps):
+    for _ in range(30):
         p = 1.0 / (1.0 + np.exp(-(theta[:, None] + phi[:, None] * x)))
         error, curve = weights * (y - p), weights * p * (1 - p)
         g0, g1 = error.sum(1) - ridge * theta, error @ x - ridge * phi

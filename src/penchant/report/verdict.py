@@ -170,10 +170,10 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
             if scores
             else "The policy prefers the chosen answer in "
         )
-        return [subject, value, brackets, scope, _null_clause(c, "one half")]
+        return [subject, value, brackets, scope, _null_clause(c)]
     if c.figure.name == "win_rate":
         scope = " of comparisons with the start\u2019s"
-        return ["Its completions win ", value, brackets, scope, _null_clause(c, "one half")]
+        return ["Its completions win ", value, brackets, scope, _null_clause(c)]
     label = c.figure.label[0].upper() + c.figure.label[1:]
     if c.before is None:
         return [f"{label} is ", value, brackets, "; the start was not evaluated."]
@@ -181,11 +181,11 @@ def _sentence(c: Change, run: RunData) -> list[Node]:
     return [f"{label} went from {format_value(c.before, share)} to ", value, brackets, change, _start_clause(c)]
 
 
-def _null_clause(c: Change, null: str) -> str:
+def _null_clause(c: Change) -> str:
     clauses = {
-        "better": f"; the interval lies above {null}.",
-        "worse": f"; the interval lies below {null}.",
-        "unclear": f"; the interval includes {null}, which chance gives.",
+        "better": "; the interval lies above one half.",
+        "worse": "; the interval lies below one half.",
+        "unclear": "; the interval includes one half, which chance gives.",
     }
     return clauses.get(c.reading, ".")
 

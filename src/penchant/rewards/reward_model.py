@@ -299,7 +299,7 @@ def _without(ends: frozenset[int], tree: TokenTree) -> TokenTree:
     return replace(tree, completion_ids=(ids[:-1],)) if len(ids) > 1 and int(ids[-1]) in ends else tree
 
 
-def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step: int = TOKENS_PER_STEP) -> list[float]:
+def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree]) -> list[float]:
     """The reward of every completion, tree by tree, without gradient."""
     if not trees:
         return []
@@ -309,7 +309,7 @@ def rewards_of(scorer: RewardScorer, trees: Sequence[TokenTree], tokens_per_step
     scorer.model.eval()
     with torch.no_grad():
         passes = run_passes(
-            scorer.rewards, trees, tokens_per_step, shared=scorer.shared, device=device, lanes=scorer.side_by_side
+            scorer.rewards, trees, TOKENS_PER_STEP, shared=scorer.shared, device=device, lanes=scorer.side_by_side
         )
         for members, values in passes:
             sizes = [len(trees[i].completion_ids) for i in members]

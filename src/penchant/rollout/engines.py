@@ -211,7 +211,6 @@ class Remote:
     tolerance: float
     longest: int
     whole: Callable[[], AbstractContextManager[None]] = nullcontext
-    note: Callable[[str], None] = lambda _: None
     probe: Probe = field(init=False)
     version: int | None = field(default=None, init=False)
 
@@ -241,7 +240,6 @@ class Remote:
             problem = self.probe.wrong(policy, engine)
             if not problem:
                 break
-            self.note(f"{self.where}: after weights were sent (time {attempt}), {problem}")
             if attempt == min(2, self.config.attempts):  # a third update would not help
                 raise RolloutError(
                     self.where,
@@ -611,7 +609,6 @@ def make_engine(
     folder: Path,
     longest: int,
     whole: Callable[[], AbstractContextManager[None]] = nullcontext,
-    note: Callable[[str], None] = lambda _: None,
 ) -> Engine:
     """Create the engine of a `rollout` section.
 
@@ -628,10 +625,10 @@ def make_engine(
     tolerance = (1e-3 if exact else 0.05) if config.tolerance == "auto" else config.tolerance
     weights_folder = Path(config.folder).expanduser() if config.folder else folder / "rollout-weights"
     if config.url is None:
-        return VLLMInProcess(model, config, weights_folder, tolerance, longest, whole, note)
+        return VLLMInProcess(model, config, weights_folder, tolerance, longest, whole)
     server = connect(config.url.rstrip("/").removesuffix("/v1"), config.key_env, "rollout.url", "rollout.key_env")
     key = server.key if config.key_env else None
     connection = replace(server, key=key, timeout=config.timeout, attempts=config.attempts, largest=LARGEST)
-    engine = VLLMServer(model, config, weights_folder, tolerance, longest, whole, note, connection=connection)
+    engine = VLLMServer(model, config, weights_folder, tolerance, longest, whole, connection=connection)
     engine.check(longest)
     return engine

@@ -168,15 +168,12 @@ class Rows:
     def _load(self, path: Any, source_settings: Mapping[str, Any] | None = None) -> Dataset:
         """Load files as rows to train on; `source_settings` holds the source's own settings for reading them."""
         data, method = self.config.data, self.method
-        options = data.model_dump(include={"shape", "columns", "on_bad_row", "identical", "limit", "layout_options"})
+        options = data.reading(pictures=self.config.model.sees)
         if data.weight is not None:
             if method.signal == "prompts":
                 how = "leave it out; data.sources mixes prompts by weight"
                 raise ConfigError("data.weight", f"is set, and {method.name} writes its answers itself", how)
             options |= {"weight": data.weight}
-        options |= data.model_dump(include={"bounds"}, exclude_defaults=True)
-        if self.config.model.sees:
-            options |= {"image_dir": data.image_dir or ""}
         options |= source_settings or {}
         if self.keep_columns:
             options |= {"keep_columns": True, "rollouts": method.signal == "prompts"}

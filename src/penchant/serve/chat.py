@@ -349,10 +349,10 @@ class Chat:
             line = turn.message + turn.answer
         self.answer(line)
 
-    def keep_answer(self, side: int = 0) -> None:
-        """Append the last message and one of its answers to the conversation as a turn."""
+    def keep_answer(self) -> None:
+        """Append the last message and its answer to the conversation as a turn."""
         if self.last is not None:
-            self.conversation.turns.append(Turn(self.last.message, self.last.texts[side]))
+            self.conversation.turns.append(Turn(self.last.message, self.last.texts[0]))
             self.last = None
 
     def answer(self, message: str) -> None:

@@ -217,22 +217,23 @@ class Data:
             items += [item for item in file.page(number, 1).items if item.number == number]
         return Page(tuple(items), None, numbers[-1] if numbers else start)
 
-    def _find_item(self, file: File, where: str, number: int) -> Item:
-        page = file.page(number, 1)
-        item = next((item for item in page.items if item.where == where), None)
+    async def _row_of(self, given: Mapping[str, str]) -> tuple[str, str, File, Item]:
+        """Return the path, the layout, the file and the row that a request is about."""
+        path, shape = self.data_path(given.get("file", "")), given.get("shape", "auto")
+        file = await run_in_threadpool(self.open_file, path, shape)
+        page = await run_in_threadpool(file.page, _parse_number(given.get("line"), 1), 1)
+        item = next((item for item in page.items if item.where == given.get("where", "")), None)
         if item is None:
             raise HTTPException(404, "this row is not there any more: load the page again")
-        return item
+        return path, shape, file, item
 
     # ---- edits -----------------------------------------------------------------------------------------------------
 
     async def edit(self, request: Request) -> Response:
         """Show a row as JSON for editing, or record an edit."""
         form = dict(request.query_params) if request.method == "GET" else await read_form(request, ROW_BYTES)
-        path, shape, where = self.data_path(form.get("file", "")), form.get("shape", "auto"), form.get("where", "")
-        file = await run_in_threadpool(self.open_file, path, shape)
-        item = await run_in_threadpool(self._find_item, file, where, _parse_number(form.get("line"), 1))
-        edits = self.edits_of(path)
+        path, shape, file, item = await self._row_of(form)
+        where, edits = item.where, self.edits_of(path)
         values: dict[str, Any] = {"name": path, "shape": shape, "error": "", "aside": False}
         if request.method == "GET":
             latest = edits.latest().get(where)
@@ -262,19 +263,13 @@ class Data:
 
     async def row(self, request: Request) -> Response:
         """Show a row."""
-        query = request.query_params
-        path, shape, where = self.data_path(query.get("file", "")), query.get("shape", "auto"), query.get("where", "")
-        file = await run_in_threadpool(self.open_file, path, shape)
-        item = await run_in_threadpool(self._find_item, file, where, _parse_number(query.get("line"), 1))
+        path, shape, file, item = await self._row_of(request.query_params)
         return await self._row_page(request, file, path, shape, item)
 
     async def undo(self, request: Request) -> Response:
         """Undo an edit."""
-        form = await read_form(request)
-        path, shape, where = self.data_path(form.get("file", "")), form.get("shape", "auto"), form.get("where", "")
-        file = await run_in_threadpool(self.open_file, path, shape)
-        item = await run_in_threadpool(self._find_item, file, where, _parse_number(form.get("line"), 1))
-        await run_in_threadpool(self.edits_of(path).add, where, "undone")
+        path, shape, file, item = await self._row_of(await read_form(request))
+        await run_in_threadpool(self.edits_of(path).add, item.where, "undone")
         return await self._row_page(request, file, path, shape, item)
 
     async def _row_page(self, request: Request, file: File, path: str, shape: str, item: Item) -> Response:
@@ -325,9 +320,7 @@ class Data:
     async def tokens(self, request: Request) -> Response:
         """Show a row as tokens, with the tokenizer of a run or a model folder."""
         query = request.query_params
-        path, shape, where = self.data_path(query.get("file", "")), query.get("shape", "auto"), query.get("where", "")
-        file = await run_in_threadpool(self.open_file, path, shape)
-        item = await run_in_threadpool(self._find_item, file, where, _parse_number(query.get("line"), 1))
+        _, _, file, item = await self._row_of(query)
         folder = self.studio.resolve(query.get("tokenizer", ""))
         values: dict[str, Any] = {"error": "", "parts": [], "of": self.studio.relative(folder), "length": None}
         try:

@@ -349,14 +349,9 @@ def _require_pairs(all_answers: Answers, where: str, what: str) -> Answers:
     return all_answers
 
 
-def make_pairs(answers: Answers, seed: int, model_pairs: Sequence[tuple[str, str]] | None = None) -> list[Pair]:
-    """Pair the different answers of every two models to each prompt; a given pair of models keeps the same order throughout.
-
-    Args:
-        model_pairs: pairs of models to compare; None for all.
-    """
-    names = list(answers.models)
-    matchups = list(model_pairs or combinations(names, 2))
+def make_pairs(answers: Answers, seed: int) -> list[Pair]:
+    """Pair the different answers of every two models to each prompt; a given pair of models keeps the same order throughout."""
+    matchups = list(combinations(answers.models, 2))
     pairs_by_id: dict[str, Pair] = {}
     for prompt, texts in answers.rows:
         for a, b in matchups:

@@ -216,9 +216,9 @@ def line_of(view: RunView, path: str) -> Line:
     )
 
 
-def headline_of(view: RunView, name: str | None = None) -> tuple[str, str]:
+def headline_of(view: RunView) -> tuple[str, str]:
     """Return (name of a run's main metric, its last value with its interval); both empty if there is none."""
-    figure = Member(view).metric(name)
+    figure = Member(view).metric(None)
     if figure is None:
         return "", ""
     description = metric(figure.name.removeprefix("train "))

@@ -151,15 +151,13 @@ def is_trained(turn: Any) -> bool:
     return True
 
 
-def leave_out_untrained(
-    row: Mapping[str, Any], names: Sequence[str] = ("messages", "conversations", "conversation", "completion")
-) -> None:
+def leave_out_untrained(row: Mapping[str, Any]) -> None:
     """Leave out a row whose last answer has weight 0.
 
     Raises:
         LeftOut: its weight is 0. RowError: the answer is rated, or its weight is neither 0 nor 1.
     """
-    for name in names:
+    for name in ("messages", "conversations", "conversation", "completion"):
         if isinstance(row.get(name), (list, tuple)) and row[name] and isinstance(row[name][-1], Mapping):
             reject_rated(row[name][-1], f' of the last turn of "{name}"')
             if not is_trained(row[name][-1]):
