@@ -21,7 +21,11 @@ from penchant.models.options import ModelConfig
 from penchant.plan.outline import OutlinedRun
 from penchant.runs import Run
 from penchant.runs.find import find_model
+from penchant.runs.parts import reference_source
+from penchant.runs.rows import Rows
+from penchant.runs.sharing import Uncached
 from penchant.runs.state import check_models, file_hashes
+from penchant.training.console import QuietConsole
 from penchant.training.loop import Paused
 
 CPU = torch.device("cpu")
@@ -83,6 +87,42 @@ def test_an_adapter_is_merged_into_its_base_before_the_first_step(
     assert not torch.allclose(
         made(ids).logits, load_causal_model(ModelConfig(path=str(work / "start")), CPU)(ids).logits, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    ("loss", "tokens", "what"),
+    [
+        ("dpo", 60, "its embedding has 60 tokens"),
+        ("pmpo", 300, "its vocabulary is 300"),
+        ("dpo", 260, "its tokenizer has"),
+    ],
+)
+def test_a_reference_of_other_tokens_is_refused(work: Path, tmp_path: Path, loss: str, tokens: int, what: str) -> None:
+    other = Path(tiny_model_folder(tmp_path / "other"))
+    model = load_causal_model(ModelConfig(path=str(other)), CPU)
+    model.resize_token_embeddings(tokens)
+    model.save_pretrained(other)
+    if tokens == 260:
+        definition = json.loads((other / "tokenizer.json").read_text())
+        vocabulary = definition["model"]["vocab"]
+        vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+        (other / "tokenizer.json").write_text(json.dumps(definition))
+    config = values(work, "next", str(work / "start"), loss={"name": loss}, reference={"path": str(other)})
+    with pytest.raises(ConfigError, match=f"reference.path: does not fit .*{what}"):
+        _ = Run(config_from_mapping(config), quiet=True).built
+
+
+def test_a_revision_is_that_of_the_models_own_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr("penchant.runs.rows.load_tokenizer", lambda *named: loaded.append(named))
+    for other in ("owner/other", "owner/model"):
+        model = {"path": "owner/model", "revision": "v2", "tokenizer": other}
+        config = config_from_mapping(
+            {"model": model, "data": {"path": "d"}, "reference": {"path": other}, "output": "o"}
+        )
+        loaded.append((reference_source(config).path, reference_source(config).revision))
+        _ = Rows(config, Uncached(), QuietConsole()).tokenizer
+    assert loaded == [("owner/other", None)] * 2 + [("owner/model", "v2")] * 2
 
 
 def test_an_adapter_that_stands_alone_is_merged_in_the_cache_and_trained_on(work: Path) -> None:

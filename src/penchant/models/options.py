@@ -20,7 +20,7 @@ class ModelConfig(Section):
     path: str = Field(
         description="a model's folder or hub id (owner/name); a run's, a checkpoint's or an adapter's folder means its model"
     )
-    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of `path`, if that is a hub id")
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="pretrained weights, or random ones made from the config in `path`"
     )
@@ -73,6 +73,10 @@ class ModelConfig(Section):
     def sees(self) -> bool:
         """Whether prompts may have pictures."""
         return self.vision != "off"
+
+    def revision_of(self, name: str | None) -> str | None:
+        """The revision of a tokenizer or model named beside this one: `revision` if it is `path` (or None), else the newest."""
+        return self.revision if name in (None, self.path) else None
 
     @field_validator("adapter", mode="before")
     @classmethod

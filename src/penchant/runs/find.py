@@ -375,7 +375,8 @@ def _reference_source(config: RunConfig) -> Source | None:
     path = config.reference.path
     if path is None:
         return None
-    return Source(path, ModelConfig(path=path), config.model.tokenizer or path, run=config)
+    model = ModelConfig(path=path, revision=config.model.revision_of(path))
+    return Source(path, model, config.model.tokenizer or path, run=config)
 
 
 def _source_from_adapter(spec: str, path: Path, base: str | None) -> Source:

@@ -83,7 +83,7 @@ def model_contents(config: RunConfig) -> dict[str, str]:
     for key, path, patterns in sources:
         is_hub_id = path is not None and not looks_like_folder(path)
         folders = (
-            _cached_hub_folder(key, str(path), config.model.revision, patterns)
+            _cached_hub_folder(key, str(path), config.model.revision_of(path), patterns)
             if is_hub_id
             else _model_folders(key, path)
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from penchant.data.packing import tree_tokens
 from penchant.data.templates import set_eos_token_ids
 from penchant.distributed.shard import Sharding, gathered, rooted
 from penchant.distributed.world import current
-from penchant.errors import ConfigError
+from penchant.errors import ConfigError, ModelError
 from penchant.logprobs import Elsewhere, Scorer
 from penchant.logprobs.packing import choose_packing, choose_pictured
 from penchant.logprobs.reference import (
@@ -48,6 +49,7 @@ from penchant.models.load import (
     held_in,
     language_part,
     load_causal_model,
+    load_tokenizer,
     processor_sha256,
     resolve_device,
     resolve_dtype,
@@ -577,6 +579,8 @@ def frozen_scorer(parts: Parts, shared: Uncached, *, start: bool = False) -> Sco
     config = parts.config
     source, place = (config.model, parts.device) if start else (reference_source(config), reference_place(config))
     model = fresh_model(config, source, place, shared, frozen=True)
+    if not start and config.reference.path is not None:
+        _check_reference(parts, model)
     if not current().many:  # otherwise layer by layer, when sharded
         cast_parameters(model, parts.dtype)
     model.requires_grad_(False).eval()
@@ -598,11 +602,35 @@ def frozen_scorer(parts: Parts, shared: Uncached, *, start: bool = False) -> Sco
 
 def reference_source(config: RunConfig) -> ModelConfig:
     """The reference model: `reference.path`, or the starting model."""
-    if config.reference.path is None:
+    path = config.reference.path
+    if path is None:
         return config.model
-    return config.model.model_copy(
-        update={"path": config.reference.path, "init": "pretrained", "adapter": None, "quantize": "none"}
-    )
+    own = {"path": path, "revision": config.model.revision_of(path)}
+    return config.model.model_copy(update={**own, "init": "pretrained", "adapter": None, "quantize": "none"})
+
+
+def _check_reference(parts: Parts, model: Any) -> None:
+    """Refuse a model at `reference.path` that stands for other tokens than the policy.
+
+    Raises:
+        ConfigError: its tokenizer gives a token another id, its embedding or (for an exact divergence) its head has another size.
+    """
+    config, ours = parts.config, parts.tokenizer.get_vocab()
+    path, what = str(config.reference.path), ""
+    with suppress(ModelError):  # it may have no tokenizer of its own
+        theirs = load_tokenizer(path, config.model.revision_of(path)).get_vocab()
+        differs = next((t for t, i in ours.items() if theirs.get(t, i) != i), None)
+        if differs is not None:
+            what = f"its tokenizer has {differs!r} as {theirs[differs]:,}, and the policy's as {ours[differs]:,}"
+    sizes = [base_model_of(m).get_input_embeddings().weight.shape[0] for m in (model, parts.model)]
+    if sizes[0] < tokens_of(parts.tokenizer):
+        what = f"its embedding has {sizes[0]:,} tokens, and the policy's tokenizer {tokens_of(parts.tokenizer):,}"
+    elif "divergence" in config.method.needs and sizes[0] != sizes[1]:
+        what = f"an exact divergence compares whole distributions; its vocabulary is {sizes[0]:,}, the policy's {sizes[1]:,}"
+    if what:
+        raise ConfigError(
+            "reference.path", f"does not fit {config.model.path}: {what}", "take a model of the same family"
+        )
 
 
 def _cached_reference(built: Built, live: LiveReference, rows: Rows, shared: Uncached, console: Any) -> CachedReference:

@@ -65,7 +65,8 @@ class Rows:
         # a reward model may add a pad token
         get = self.shared.fresh if self.method.learns_reward else self.shared.once
         model = self.config.model
-        return get(self.tokenizer_key, lambda: load_tokenizer(model.tokenizer or model.path, model.revision))
+        path, revision = model.tokenizer or model.path, model.revision_of(model.tokenizer)
+        return get(self.tokenizer_key, lambda: load_tokenizer(path, revision))
 
     @cached_property
     def keep_columns(self) -> bool:
@@ -328,7 +329,7 @@ class Rows:
     def tokenizer_key(self) -> Key:
         model = self.config.model
         vision = (json.dumps([model.vision, model.image_options], sort_keys=True),) if model.sees else ()
-        return ("tokenizer", model.tokenizer or model.path, model.revision, *vision)
+        return ("tokenizer", model.tokenizer or model.path, model.revision_of(model.tokenizer), *vision)
 
     @property
     def key(self) -> Key:
