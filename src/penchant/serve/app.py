@@ -250,6 +250,7 @@ class App:
             raise ApiError(400, message, param="prompt" if continued else "messages", code="context_length_exceeded")
         max_new_tokens = min(room, params.max_new_tokens or self.limits.max_tokens)
         stops = [*params.stop, *(() if continued else model.style.stops)]
+        continued = continued or not model.style.keeps_history  # plain text is continued, not answered
         return Completions(model, ids, params.sampling(max_new_tokens), stops, continued=continued)
 
 
