@@ -438,6 +438,14 @@ def test_more_than_may_wait_are_turned_away_and_a_short_one_is_not_kept_waiting(
         _until_idle(server)
 
 
+def test_more_prompts_than_the_server_ever_holds_are_no_reason_to_try_again(chat_model: ChatModel) -> None:
+    with (
+        serving(chat_model, at_once=1, waiting=1) as server,
+        pytest.raises(openai.BadRequestError, match="2 at a time"),
+    ):
+        _text(_client(server), ["a", "b", "c"])
+
+
 def test_time_runs_out(endless: ChatModel) -> None:
     with serving(endless, max_tokens=90_000, seconds=0.5) as server:
         with pytest.raises(openai.InternalServerError) as caught:

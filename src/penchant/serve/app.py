@@ -66,8 +66,10 @@ class Scheduler:
             starts: one function per prompt that reads it, called in the model's thread; notify: called with (index of the prompt, event).
 
         Raises:
-            ApiError: too many prompts are waiting.
+            ApiError: too many prompts are waiting, or there will never be room for so many.
         """
+        if len(starts) > self._capacity:
+            raise invalid("prompt", f"{len(starts)} prompts, and this server holds {self._capacity} at a time")
         if len(starts) > self._capacity - len(self._prompts):
             message = "too many requests are waiting; try again in a moment"
             raise ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error")
