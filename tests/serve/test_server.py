@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from penchant.cli import main
 from penchant.judges import JudgeOptions, Question, load_judge
 from penchant.rollout.generate import sample
 from penchant.serve.model import STYLES, ChatModel
+from penchant.serve.openai import ChatRequest
 from penchant.types import Message
 
 pytest.importorskip("uvicorn")
@@ -209,6 +211,18 @@ def test_without_a_chat_template_messages_are_a_transcript(tmp_path: Path) -> No
     with serving(model_of(folder, fallback_style="transcript")) as server:
         assert _chat(_client(server)).choices[0].message.content == "Yes!"
     assert model_of(folder, fallback_style="transcript").style is STYLES["transcript"]
+
+
+@pytest.mark.parametrize("style,continued", [("plain", True), ("transcript", False)])
+def test_plain_text_is_continued_and_a_turn_is_not(
+    server: Any, monkeypatch: pytest.MonkeyPatch, style: str, continued: bool
+) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(sys.modules[type(server.app).__module__], "Completions", lambda *_, **how: seen.update(how))
+    monkeypatch.setattr(server.app, "chat_model", replace(server.app.chat_model, style=STYLES[style]))
+    request = ChatRequest.model_validate({"model": "tiny", "messages": HELLO})
+    server.app.completions(request, request.prompts[0])
+    assert seen["continued"] is continued
 
 
 def test_requests_at_once_give_what_they_give_alone(client: Any) -> None:
@@ -422,6 +436,14 @@ def test_more_than_may_wait_are_turned_away_and_a_short_one_is_not_kept_waiting(
         long.close()
         second.close()
         _until_idle(server)
+
+
+def test_more_prompts_than_the_server_ever_holds_are_no_reason_to_try_again(chat_model: ChatModel) -> None:
+    with (
+        serving(chat_model, at_once=1, waiting=1) as server,
+        pytest.raises(openai.BadRequestError, match="2 at a time"),
+    ):
+        _text(_client(server), ["a", "b", "c"])
 
 
 def test_time_runs_out(endless: ChatModel) -> None:

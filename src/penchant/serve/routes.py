@@ -66,8 +66,10 @@ class Scheduler:
             starts: one function per prompt that reads it, called in the model's thread; notify: called with (index of the prompt, event).
 
         Raises:
-            ApiError: too many prompts are waiting.
+            ApiError: too many prompts are waiting, or there will never be room for so many.
         """
+        if len(starts) > self._capacity:
+            raise invalid("prompt", f"{len(starts)} prompts, and this server holds {self._capacity} at a time")
         if len(starts) > self._capacity - len(self._prompts):
             message = "too many requests are waiting; try again in a moment"
             raise ApiError(429, message, code="rate_limit_exceeded", kind="rate_limit_error")
@@ -250,6 +252,7 @@ class App:
             raise ApiError(400, message, param="prompt" if continued else "messages", code="context_length_exceeded")
         max_new_tokens = min(room, params.max_new_tokens or self.limits.max_tokens)
         stops = [*params.stop, *(() if continued else model.style.stops)]
+        continued = continued or not model.style.keeps_history  # plain text is continued, not answered
         return Completions(model, ids, params.sampling(max_new_tokens), stops, continued=continued)
 
 
