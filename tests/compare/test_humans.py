@@ -132,7 +132,10 @@ def test_compare_prints_what_the_page_says(tmp_path: Path, capsys: pytest.Captur
     file = Preferences(tmp_path / "preferences.jsonl")
     for i in range(12):
         file.append(word(i, prompt=f"{i}", verdict="a" if i % 4 else "b").to_json())
-    page = human_verdict(file)
+    with file.path.open("a") as lines:
+        lines.write("{no judgment\n")
+    page = human_verdict(file.refresh())
+    assert "1 line of preferences.jsonl" in page.to_text()
     assert main(["compare", "--judge", f"humans:{file.path}"]) == 0
     assert capsys.readouterr().out.strip() == page.to_text()
     assert main(["compare", "dpo", "start", "--judge", f"humans:{tmp_path}", "--json"]) == 0

@@ -242,7 +242,10 @@ def human_verdict(preferences: Preferences, models: Sequence[str] = ()) -> Human
     people = [
         _annotator(name, judgments, counting, only_models) for name in dict.fromkeys(j.annotator for j in judgments)
     ]
-    unknown_reasons = (reason,) if reason else ()
+    unknown_reasons = [reason] if reason else []
+    if preferences.damaged:
+        lines = counted(preferences.damaged, "line")
+        unknown_reasons.append(f"Left out: {lines} of {preferences.path.name} without a judgment that can be read.")
     return HumanVerdict(
         str(preferences.path),
         correct_p_values(pairs),
@@ -252,7 +255,7 @@ def human_verdict(preferences: Preferences, models: Sequence[str] = ()) -> Human
         shared,
         tally,
         over_people,
-        unknown_reasons,
+        tuple(unknown_reasons),
     )
 
 

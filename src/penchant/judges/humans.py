@@ -123,7 +123,7 @@ class Preferences:
     """A preferences file, read incrementally as it grows. Several people and processes may append to it.
 
     Args:
-        path: created with the first record.
+        path: created with the first record; damaged: number of lines without a record that can be read.
     """
 
     path: Path
