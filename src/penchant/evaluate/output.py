@@ -68,7 +68,7 @@ def format_table(metrics: Mapping[str, Any], whole: bool = True) -> str:
     lines = []
     for name in names:
         value = metrics[name]
-        text = f"{value:,.4f}" if isinstance(value, float) else printable(str(value))
+        text = f"{value:{_digits(value)}}" if isinstance(value, float) else printable(str(value))
         line = f"{printable(name):<{width}} {text:>12}"
         if isinstance(value, float):
             count = _count_text(metrics, name)
@@ -92,6 +92,11 @@ def explain(metrics: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _digits(value: float) -> str:
+    """The format of a figure and of its interval: an exponent where four decimals would show nothing."""
+    return ".2e" if 0 < abs(value) < 1e-3 else ",.4f"
+
+
 def _figure_names(metrics: Mapping[str, Any]) -> list[str]:
     return [n for n in metrics if n not in NO_FIGURE and not n.endswith(SUFFIXES)]
 
@@ -110,5 +115,5 @@ def _interval_text(metrics: Mapping[str, Any], name: str) -> str:
     if all_tied(metrics, name):
         return "all tied"
     if interval := ci_of(metrics, name):
-        return format_interval(interval, ",.4f")
+        return format_interval(interval, _digits(metrics[name]))
     return f"fewer than {FEW_ROWS}: no interval" if interval_of(metrics, name) else ""
