@@ -17,6 +17,7 @@ from tiny import polite_rows, tiny_model_folder, tiny_tokenizer, write_jsonl
 from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, DataError, ModelError
+from penchant.evaluate.output import format_table
 
 Paths = dict[str, str]
 FP32 = "model.dtype=fp32"
@@ -185,6 +186,7 @@ def test_what_is_written_is_judged_measured_and_kept(there: Paths, tmp_path: Pat
     for name in ("bleu", "rouge_1", "rouge_2", "rouge_L", "distinct_1", "distinct_2", "repetition", "ended"):
         assert f"eval/generated/{name}" in found
     assert found["eval/generated/kl/policy_ref"] > 0 and "eval/generated/kl/k1" in found
+    assert ("eval/generated/length/ci" in found) != any("the same for every prompt" in note for note in found["notes"])
     assert "tok:13a" in " ".join(found["notes"]) and "fewer than 10 prompts" in " ".join(found["notes"])
     again = api.evaluate(there["run"], data=there["test"], reward="words", **asked)
     assert again["eval/generated/reward"] == found["eval/generated/reward"]  # the same seed
@@ -240,6 +242,9 @@ def test_the_table_has_every_figure_its_interval_and_what_it_is(
     assert "beta = 0.5" in notes
     assert all(name in explained for name in lines if name.startswith("eval/"))
     assert "the whole vocabulary" in explained and not any("/ci" in line or "/n " in line for line in out.splitlines())
+    tiny = {"eval/generated/kl/k3": 1.2e-5, "eval/generated/kl/k3/ci": [1e-5, 2e-5]}
+    table = format_table({"eval/generated/reward[words]": 8.5, **tiny}, whole=False)
+    assert "reward[words]" in table and "1.20e-05  [1.00e-05, 2.00e-05]" in table  # --also was asked for
     assert main(["eval", there["run"]]) == 0
     assert "n=6 rows" in capsys.readouterr().out
     assert main(["eval", there["run"], "--data", there["test"], "--json"]) == 0

@@ -151,6 +151,8 @@ BAD = {
     "returns Tensor": "return chosen - rejected",
     "no gradient reaches": "return LossOutput((chosen - rejected).detach())",
     "with a gradient; detach": "return LossOutput(chosen - rejected, metrics={'margin': (chosen - rejected, None)})",
+    "gives margin as Tensor; write 'margin': (values, None)": "return LossOutput(chosen - rejected, metrics={'margin': chosen.detach()})",
+    "gives dict as weights": "return LossOutput(chosen - rejected, {'margin': (chosen.detach(), None)})",
     "gradient that is not finite": "return LossOutput((chosen - rejected).abs().sqrt())",
     "raises AttributeError": "return LossOutput(chosen.nonsense)",
 }
@@ -176,6 +178,8 @@ def test_the_declared_value_is_held_against_the_loss(tmp_path: Path) -> None:
     [
         ("def f(logps): ...", "g", "has no function 'g'"),
         ("def f(logps, *, beta): ...", "f", "beta"),
+        ("def f(logps, beta=0.1): ...", "f", "write def f(logps, *, beta=...)"),
+        ("def margin(logps): ...", "magrin", 'did you mean "margin"?'),
         ("def f(logps, *, beta=(1, 2)): ...", "f", "beta is neither"),
         ("def dpo(logps): ...", "dpo", "a loss called dpo already"),
         (HEAD + "@loss('dpo', '0')\ndef f(logps): ...", "f", "a loss called dpo already"),
@@ -193,6 +197,9 @@ def test_a_file_without_such_a_loss_is_refused(tmp_path: Path, text: str, name: 
 def test_a_file_that_is_not_there_is_named_with_the_configs_line(config: dict[str, Any], tmp_path: Path) -> None:
     config["loss"] = {"name": "nowhere.py:f"}
     with pytest.raises(ConfigError, match=r"config\.yaml:\d+: loss\.name nowhere\.py: no such file"):
+        load_config(written(config, tmp_path))
+    config["loss"] = "nowhere.py"
+    with pytest.raises(ConfigError, match=r"nowhere\.py names no function; write nowhere\.py:NAME"):
         load_config(written(config, tmp_path))
 
 

@@ -381,6 +381,7 @@ def test_all_of_it_then_nothing_twice(first: First, done: dict[str, Any], monkey
     config = yaml.safe_load((output / "dpo/config.resolved.yaml").read_text())
     assert config["model"]["path"] == str(result.models["sft"])
     assert {s["state"] for s in state(base).stages.values()} == {"finished"}
+    assert state(base).pipeline == {"stages": ["sft", "dpo", "rloo"]}
     assert result.outcome.done and list(result.outcome.models) == ["sft", "dpo"]
     rows = [json.loads(x) for x in (output / "comparison.jsonl").read_text().splitlines()]
     held = {r["prompt"] for r in rows}
@@ -608,6 +609,7 @@ def test_a_folder_that_is_not_the_pipelines_is_left_alone(base: dict[str, Any], 
     [
         ("stages.rloo.reward=nice", ConfigError, r"stages.rloo: reward 'nice' is not a reward"),
         ("compare.reward=nice", ConfigError, r"compare.reward: 'nice' is not a reward"),
+        ("compare.also=[sentiment,nice]", ConfigError, r"compare.also: 'nice' is not a reward"),
         ("stages.dpo.data.path=missing.jsonl", DataError, r"stages.dpo: .*no such"),
         ("stages.sft.model.path=./missing", ModelError, r"stages.sft: no such folder"),
         ("defaults.data.validation_rows=null", ConfigError, r"compare: no stage holds out rows"),
@@ -902,7 +904,7 @@ def test_a_folder_that_is_no_reward_model_is_met_before_anything_trains(base: di
         run(base, f"stages.rloo.reward={other}")
     with pytest.raises(ConfigError, match=r"compare.reward: .*other is not a reward model"):
         run(base, f"compare.reward={other}")
-    with pytest.raises(ConfigError, match=r"compare.reward: 'nicer' is not a reward"):
+    with pytest.raises(ConfigError, match=r"compare.also: 'nicer' is not a reward"):
         run(base, "compare.also=[nicer]")
     assert not Path(base["output"]).exists()
 

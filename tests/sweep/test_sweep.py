@@ -653,6 +653,6 @@ def test_the_best_is_a_whole_setting_by_its_mean(tmp_path: Path) -> None:
 def test_equal_settings_are_both_best_and_none_where_none_is_done(tmp_path: Path) -> None:
     sweep = load_sweep(written(tmp_path))
     table = make_table(sweep.runs, {r.name: record(0.5) for r in sweep.runs}, "eval/loss", False)
-    assert "best by validation: beta-0.1 and beta-0.5 (0.5000)" in table.to_text()
+    assert "best by validation: beta-0.1, beta-0.5 (0.5000)" in table.to_text()
     nothing = make_table(sweep.runs, {}, "eval/loss", False)
     assert "none is called best" in nothing.to_text() and "2 to come" in nothing.to_text()

@@ -68,6 +68,15 @@ def test_it_starts_without_torch_and_says_characters_that_the_output_knows(tmp_p
     assert not {"torch", "transformers", "numpy", "pydantic"} & set(done.stdout.splitlines()[-1].split())
 
 
+def test_a_reader_that_has_left_is_no_failure(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*COMMAND, str(make_run(tmp_path / "run", 8))]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 class Terminal:
     """`penchant watch` in a terminal of 80 by 24."""
 

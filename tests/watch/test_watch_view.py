@@ -16,6 +16,7 @@ from run_folders import eval_row, lines, make_run, perf_rows, train_rows
 
 from penchant.base.text import clean
 from penchant.runfolder import RunLock
+from penchant.studio.shelf import Shelf
 from penchant.watch.plot import ASCII
 from penchant.watch.screens import Size, group_frame, run_frame, with_interval
 from penchant.watch.views import GroupView, RunView, number, open_view, step_count
@@ -320,6 +321,18 @@ def test_where_runs_do_not_fit_those_that_go_on_stay(tmp_path: Path) -> None:
     assert "more that do not fit" in said
 
 
+@pytest.mark.parametrize("name", ["beta-0.3-seed-", "meta-llama-Llama-3.2-1B-dpo-beta-0.3-lr-1e-05-seed-"])
+def test_runs_that_differ_by_the_seed_are_told_apart(tmp_path: Path, name: str) -> None:
+    folder = make_sweep(tmp_path / "sweep")
+    state = json.loads((folder / "sweep.json").read_text())
+    state["sweep"]["runs"] = ["a", "b", "c", f"{name}0", f"{name}1"]
+    (folder / "sweep.json").write_text(json.dumps(state))
+    view = open_view([folder])
+    view.refresh()
+    shown = [line.split()[0] for line in text(view, 80, 24).splitlines() if "to come" in line][1:]
+    assert [n[-1] for n in shown] == ["0", "1"]
+
+
 def test_a_sweep_s_names_lead_nowhere_else(tmp_path: Path) -> None:
     folder = make_sweep(tmp_path / "sweep")
     make_run(tmp_path / "secret", 3)
@@ -347,6 +360,24 @@ def test_pipelines_folders_and_several_runs(tmp_path: Path) -> None:
         view.refresh()
         assert isinstance(view, GroupView) and [m.view.name for m in view.members] == names
         assert "finished" in text(view)
+
+
+def test_a_pipeline_shows_the_stages_to_come_and_what_an_interrupted_one_is(tmp_path: Path) -> None:
+    make_run(tmp_path / "sft", 20, status="finished")
+    make_run(tmp_path / "dpo", 8, status="interrupted", total_steps=20)
+    record = {"pipeline": {"stages": ["sft", "dpo", "ppo"]}, "comparison": {}}
+    record["stages"] = {"sft": {"state": "finished"}, "dpo": {"state": "stopped"}}
+    (tmp_path / "pipeline.json").write_text(json.dumps(record))
+    view = open_view([tmp_path])
+    view.refresh()
+    assert isinstance(view, GroupView) and "not running" in text(view)
+    assert [(m.view.name, m.state) for m in view.members] == [
+        ("sft", "finished"),
+        ("dpo", "interrupted"),
+        ("ppo", "to come"),
+    ]
+    (line,) = (line for line in Shelf(tmp_path).lines()[0] if line.kind == "pipeline")
+    assert line.state == "interrupted" and line.inside == {"finished": 1, "interrupted": 1, "to come": 1}
 
 
 def test_an_interval_that_rounding_leaves_without_a_width_is_not_shown() -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from penchant.base.files import file_sha256
+from penchant.base.text import did_you_mean
 from penchant.errors import ConfigError
 
 OWN = "penchant_own_"  # prefix of the module names of users' files
@@ -69,11 +70,11 @@ def python_object(name: str, where: str, kind: Literal["function", "class"] = "f
         raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
     loaded = getattr(module, attribute, None)
     if not callable(loaded):
-        defined = [n for n, v in vars(module).items() if inspect.isfunction(v)]
-        if kind == "class":  # leave out imported classes
-            defined = [n for n, v in vars(module).items() if inspect.isclass(v) and v.__module__ == module.__name__]
+        is_kind = inspect.isclass if kind == "class" else inspect.isfunction
+        # without imported ones
+        defined = sorted(n for n, v in vars(module).items() if is_kind(v) and v.__module__ == module.__name__)
         raise ConfigError(
-            where, f"{path} has no {kind} {attribute!r}", f"there are {', '.join(sorted(defined)) or 'none'}"
+            where, f"{path} has no {kind} {attribute!r}", did_you_mean(attribute, defined) if defined else "define it"
         )
     return loaded
 

@@ -242,7 +242,9 @@ class Evaluation(EvaluationData):
                 f"Intervals from fewer than {FEW_PROMPTS} prompts are too narrow to rely on: {', '.join(small)}."
             )
         if any(f.interval is None for f in figures):
-            self.notes.append("Figures of a single prompt or document have no interval.")
+            single = 1 in counts.values()
+            which = "of a single prompt or document" if single else "that are the same for every prompt or document"
+            self.notes.append(f"Figures {which} have no interval.")
 
     def _score(
         self,

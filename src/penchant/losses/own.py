@@ -50,6 +50,12 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
         function = python_function(name, where, ("logps",))
         if not inspect.isfunction(function):
             raise ValueError("is not a function")
+        _, *others = inspect.signature(function).parameters.values()
+        fixed = next((p.name for p in others if p.kind is p.POSITIONAL_OR_KEYWORD), None)
+        if fixed is not None:
+            raise ValueError(
+                f"{fixed} cannot be set in a config; write def {attribute}(logps, *, {fixed}=...), with the asterisk"
+            )
         spec = next((s for s in LOSSES.values() if s.fn is function), None) or _spec_of_plain_function(function)
         check(spec)
     except ValueError as error:
@@ -121,6 +127,19 @@ def _check_value(spec: LossSpec, equal: Inputs) -> None:
             raise ValueError(f"gives {value:g} where policy and reference are equal, and declares {declared:g}")
 
 
+def _check_pairs(out: LossOutput) -> None:
+    """Refuse what is not (values, weights): a bare tensor as a metric, or metrics where the weights of the losses belong."""
+    if not (out.weights is None or isinstance(out.weights, torch.Tensor)):
+        raise ValueError(
+            f"gives {type(out.weights).__name__} as weights of the losses; write LossOutput(losses, metrics=...)"
+        )
+    for name, pair in {**out.terms, **out.metrics}.items():
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise ValueError(
+                f"gives {name} as {type(pair).__name__}; write {name!r}: (values, None), a mean over the rows"
+            )
+
+
 def _run_and_check(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
     """Run a loss, check its output, and return the gradients of its policy inputs."""
     names = [k for prefix in ("policy_", "div", "weighted_") for k in _tensor_fields(logps, prefix)]
@@ -131,6 +150,7 @@ def _run_and_check(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
         raise ValueError(f"raises {type(error).__name__} {when}: {error}") from error
     if not isinstance(out, LossOutput):
         raise ValueError(f"returns {type(out).__name__}; return LossOutput(losses)")
+    _check_pairs(out)
     summands = {**out.summands(), **out.metrics}
     for name, (values, _) in summands.items():
         label = "losses" if name == "main" else name

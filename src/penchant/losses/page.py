@@ -71,7 +71,8 @@ def describe(name: str) -> str:
     """Describe one loss: how to name it, its docstring, what it needs, and its hyperparameters with ranges."""
     spec = find_loss(config_name := loss_name(name, ("losses",)))
     docstring = re.sub(r"(?:Args|Returns|Raises):\n(?: +.*\n)+\n*", "", inspect.cleandoc(spec.fn.__doc__ or "") + "\n")
-    lines = [f"loss.name={config_name}", "", MARKUP.sub(r"\1", docstring.strip()), ""]
+    lines = [f"loss.name={config_name}", ""]
+    lines += [MARKUP.sub(r"\1", docstring.strip()), ""] if docstring.strip() else []
     lines += [f"needs {NEEDS[n]}" for n in sorted(spec.needs)]
     lines += [f"loss.{key} = {default}" + f": {meaning}" * bool(meaning) for key, default, meaning in parameters(spec)]
     return "\n".join(lines)

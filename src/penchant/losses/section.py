@@ -88,6 +88,8 @@ def loss_name(loss: Any, path: Path = ("loss", "name")) -> str:
         return f"{own_file(loss).resolve()}:{loss.rpartition(':')[2]}"
     name = loss if loss in LOSSES else loss.lower().replace("-", "_")
     if name not in LOSSES:
+        if loss.endswith(".py"):
+            raise ConfigError(where, f"{loss} names no function", f"write {loss}:NAME")
         registry_name = OTHER_NAMES.get(name)
         hint = f"it is called {registry_name} here" if registry_name else did_you_mean(name, sorted(LOSSES))
         raise ConfigError(where, f"{loss!r} is not a loss", hint)

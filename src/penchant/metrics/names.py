@@ -61,6 +61,7 @@ OTHER_REWARD = Metric(
     "mean of another reward (--also) of the same completions",
     "mean r(x, y)",
     "completions",
+    word="mean of another reward of its completions",
     logged=False,
 )
 # metrics of each named reward in a weighted sum

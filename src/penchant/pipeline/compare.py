@@ -76,11 +76,12 @@ class Comparer:
         c = self.compare.config
         self.sampling = Sampling(c.prompts, c.samples, c.max_new_tokens, c.seed, f"{self.compare.place}: compare")
         self.heldout = self._held_out()
-        try:
-            for reward in (c.reward, *c.also):
+        for key, reward in (("reward", c.reward), *(("also", name) for name in c.also)):
+            try:
                 check_reward(reward)
-        except ConfigError as error:
-            raise ConfigError(self.compare.place, f"compare.{error.where}: {error.what}", error.how) from error
+            except ConfigError as error:
+                where = error.where.replace("reward", key, 1)
+                raise ConfigError(self.compare.place, f"compare.{where}: {error.what}", error.how) from error
 
     def _held_out(self) -> HeldOut:
         """Held-out rows of the first stage that has any with prompts, without prompts that any stage trains on."""

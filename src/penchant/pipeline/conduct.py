@@ -255,6 +255,7 @@ class Conductor:
         _ = self.data, self.comparer  # check everything before anything trains
         with RunLock(self.pipeline.output):
             self.state = State.read(self.pipeline.output)
+            self.state.pipeline = {"stages": list(self.pipeline.stages)}
             for sentence in move_aside(self.pipeline, to_redo, self.state):
                 self.console.note(sentence)
             planned = {p.name: p for p in self.plan()}

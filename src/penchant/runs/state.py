@@ -99,13 +99,14 @@ CHANGE_MESSAGES = {  # inputs other than settings, with the message for a change
 
 @dataclass(slots=True)
 class State:
-    """`pipeline.json`: one record per stage, and one for the comparison.
+    """`pipeline.json`: the names of all stages, one record per stage that has begun, and one for the comparison.
 
     A stage's record holds its state (``running``, ``stopped``, ``finished``), the inputs it was started with, seconds, steps, and
     the checkpoints it left with the SHA-256 of their models. Only a completed run is ``finished``.
     """
 
     path: Path
+    pipeline: dict[str, Any] = field(default_factory=dict)
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     comparison: dict[str, Any] = field(default_factory=dict)
 
@@ -116,9 +117,8 @@ class State:
 
     def save(self) -> None:
         """Write the file atomically."""
-        write_summed(
-            self.path, json.dumps({"stages": self.stages, "comparison": self.comparison}, indent=1, ensure_ascii=False)
-        )
+        content = {"pipeline": self.pipeline, "stages": self.stages, "comparison": self.comparison}
+        write_summed(self.path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 # ---- The inputs of a run ----

@@ -486,8 +486,8 @@ class Chat:
 def _help(chat: Chat, _: str) -> None:
     for name, (arguments, description, _function) in COMMANDS.items():
         chat.terminal.note(f"  {f'/{name} {arguments}'.strip():<20} {description}")
-    chat.terminal.note('  """                  before and after a message of several lines')
-    chat.terminal.note("  Ctrl-C               stop the answer; Ctrl-D leaves")
+    chat.terminal.note('  """                  start and end a message of several lines')
+    chat.terminal.note("  Ctrl-C               stop the answer; Ctrl-D quits")
     if not chat.conversation.keeps_history:
         chat.terminal.note("  an empty line        continue the text so far")
     if len(chat.models) == 2:
@@ -558,11 +558,11 @@ COMMANDS: dict[str, tuple[str, str, Callable[[Chat, str], bool | None]]] = {
     "help": ("", "list the commands", _help),
     "reset": ("", "forget the conversation", _reset),
     "undo": ("", "forget the last turn", _undo),
-    "retry": ("", "answer the last message anew, with other draws", _retry),
-    "system": ("TEXT", "set the system prompt; without TEXT there is none", _system),
-    "save": ("FILE.jsonl", "add the conversation to a file that penchant trains on", _save),
-    "left": ("", "the left answer is better: write a preference down", lambda chat, _: chat.prefer(0)),
-    "right": ("", "the right answer is better", lambda chat, _: chat.prefer(1)),
-    "tie": ("", "neither is; ties go to a file of their own", lambda chat, _: chat.prefer(None)),
-    "quit": ("", "leave", lambda chat, _: True),
+    "retry": ("", "answer the last message again, with a different sample", _retry),
+    "system": ("TEXT", "set the system prompt; without TEXT, remove it", _system),
+    "save": ("FILE.jsonl", "append the conversation to a file that penchant train can read", _save),
+    "left": ("", "the left answer is better; the pair is saved for training", lambda chat, _: chat.prefer(0)),
+    "right": ("", "the right answer is better; the pair is saved for training", lambda chat, _: chat.prefer(1)),
+    "tie": ("", "neither is better; ties go to a file of their own", lambda chat, _: chat.prefer(None)),
+    "quit": ("", "quit", lambda chat, _: True),
 }

@@ -145,12 +145,15 @@ class Shelf:
         changed = _last_modified(file)
         if group.kind == "comparison":
             return Line("comparison", group.path, headline=_comparison_headline(content), changed=changed)
-        records = mapping(content.get("runs" if group.kind == "sweep" else "stages"))
-        counts: dict[str, int] = {}
-        for record in records.values():
-            state = text(mapping(record).get("state")) or "to come"
-            counts[state] = counts.get(state, 0) + 1
+        key = "runs" if group.kind == "sweep" else "stages"
+        records = mapping(content.get(key))
         prefix = "" if group.path == "." else f"{group.path}/"
+        counts: dict[str, int] = {}
+        for name in map(text, sequence(mapping(content.get(group.kind)).get(key)) or records):
+            state = text(mapping(records.get(name)).get("state")) or "to come"
+            if group.kind == "pipeline" and state == "stopped" and (line := runs.get(prefix + name)):
+                state = line.state  # an interrupted stage is "stopped" there too
+            counts[state] = counts.get(state, 0) + 1
         active = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
         all_done = bool(records) and set(counts) <= {"finished", "stopped", "cut"}
         state = "running" if active or lock_state(file.parent) == "held" else "finished" if all_done else "interrupted"

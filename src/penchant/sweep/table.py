@@ -101,7 +101,7 @@ class Table:
         lines = []
         cuts = [r.cut for r in self.rows if r.cut is not None]
         if self.best:
-            names, n = " and ".join(r.setting for r in self.best), len(self.rows)
+            names, n = ", ".join(r.setting for r in self.best), len(self.rows)
             lines.append(
                 f"best by validation: {names} ({_format_value(self.best[0].mean)}); {n} setting{'s were' if n > 1 else ' was'} tried"
                 + (f", {len(cuts)} of them only in part" if cuts else "")

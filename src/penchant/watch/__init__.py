@@ -36,6 +36,12 @@ QUIT, NEXT, BACK = ("q", "Q", "\x03", "\x04"), ("n", "\t"), ("p", "b")
 View = RunView | GroupView
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line, as for every command whose reader is gone (`| head`); rich would exit with 1."""
+        raise BrokenPipeError
+
+
 class Watch:
     """The runs being watched, and which of them is on the screen.
 
@@ -98,7 +104,7 @@ def watch(paths: Sequence[str], *, once: bool = False, interval: float = 2.0) ->
     watched = Watch([Path(p) for p in paths])
     with suppress(AttributeError, ValueError):
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-    console = Console(file=unescaped(sys.stdout), highlight=False)
+    console = _Console(file=unescaped(sys.stdout), highlight=False)
     if once or not console.is_terminal or console.is_dumb_terminal:
         return _print(watched, console)
     return _follow(watched, console, interval)

@@ -392,11 +392,24 @@ def _runs(view: GroupView, size: Size) -> list[Text]:
     words = ("run", "state", "steps", clean(names[0]) if len(names) == 1 else "metric", "")
     head = [Text(w, "dim") for w in words]
     widths = [max(r[i].cell_len for r in (head, *rows)) for i in range(4)]
-    widths[0] = min(widths[0], max(12, size.width - sum(widths[1:]) - 2 * 4 - 12))
+    notes = min(10, max((r[4].cell_len for r in rows), default=0))
+    widths[0] = min(widths[0], max(12, size.width - sum(widths[1:]) - 2 * 4 - notes))
+    for row in rows:
+        row[0] = _without_middle(row[0].plain, widths[0])
     lines = [columns(row, widths) for row in (head, *rows)]
     if len(members) < len(view.members):
         lines.append(Text(f"and {len(view.members) - len(members)} more that do not fit", "dim"))
     return lines
+
+
+def _without_middle(name: str, width: int) -> Text:
+    """Cut a run's name in the middle: what tells runs apart is often at its end (`-seed-1`)."""
+    kept = len(name)
+    while (
+        cell_len(shown := name if kept == len(name) else f"{name[: kept // 3]}…{name[-(kept - kept // 3) :]}") > width
+    ):
+        kept -= 1
+    return Text(shown)
 
 
 def _row(member: Member, metric: Metric | None, size: Size, mixed: bool) -> list[Text]:

@@ -343,8 +343,8 @@ class GroupView:
 
     @property
     def about(self) -> Mapping[str, Any]:
-        """The entry of `sweep.json` on the sweep itself: its runs, metric and halving."""
-        return mapping(self.record.get("sweep"))
+        """The entry of `sweep.json` or `pipeline.json` on the whole: all names of runs or stages, a sweep's metric and halving."""
+        return mapping(self.record.get(self.kind))
 
     @property
     def metric(self) -> str | None:
@@ -370,9 +370,11 @@ class GroupView:
         elif self._file is None:
             yield from ((clean(path.relative_to(self.folder), 200), path, {}) for path in runs_below(self.folder))
         else:
-            records = mapping(self.record.get("runs" if self.kind == "sweep" else "stages"))
-            records = {k: v for k, v in records.items() if isinstance(v, dict)}
-            names = [n for n in sequence(self.about.get("runs")) if isinstance(n, str)] or records
+            key = "runs" if self.kind == "sweep" else "stages"
+            records = {k: v for k, v in mapping(self.record.get(key)).items() if isinstance(v, dict)}
+            if self.kind == "pipeline":  # an interrupted stage is "stopped" there too; its own folder tells them apart
+                records = {k: {**v, "state": None} for k, v in records.items()}
+            names = [n for n in sequence(self.about.get(key)) if isinstance(n, str)] or records
             for name in dict.fromkeys(names):
                 # no path that leads elsewhere
                 if Path(name).name == name and name not in ("", "..") and "\0" not in name:
