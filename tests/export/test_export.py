@@ -6,17 +6,19 @@ import itertools
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from parameters import by_default
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api
 from penchant.cli import main
 from penchant.errors import CheckpointError, ConfigError, ModelError
-from penchant.export.card import strip_paths
+from penchant.export.card import _front_matter, strip_paths
 from penchant.export.formats import DTYPES, FORMATS, compare_outputs
 from penchant.export.subject import outputs
 
@@ -261,6 +263,14 @@ def test_the_cards_code_loads_the_folder(world: Path, tmp_path: Path) -> None:
         assert names["tokenizer"]("a water, é")["input_ids"] == own("a water, é")["input_ids"]
         found = outputs(names["model"], ROW)
         torch.testing.assert_close(found, outputs(_load(_model(world / "full")), ROW), rtol=0, atol=1e-5)
+
+
+def test_the_card_names_data_sets_of_the_hub_and_no_files() -> None:
+    data = SimpleNamespace(path=["owner/chats-v1.5", "rows/train.jsonl", "/home/me/rows"])
+    config = SimpleNamespace(method=SimpleNamespace(name="dpo"), data=data)
+    subject: Any = SimpleNamespace(config=config, reward=False, adapter=None, base=SimpleNamespace(path="owner/model"))
+    front = yaml.safe_load(_front_matter(subject, FORMATS["safetensors"]).strip("-\n"))
+    assert front["datasets"] == ["owner/chats-v1.5"] and front["base_model"] == "owner/model"
 
 
 def test_paths_lose_their_folders_wherever_they_stand() -> None:

@@ -13,6 +13,7 @@ import penchant
 from penchant.base.files import file_sha256
 from penchant.base.text import counted
 from penchant.config import RunConfig
+from penchant.data.read import ending
 from penchant.export.formats import Check, Format
 from penchant.export.subject import Subject
 from penchant.metrics.names import metric
@@ -105,7 +106,7 @@ def _front_matter(subject: Subject, form: Format) -> str:
         values["base_model"] = subject.base.path
         values["base_model_relation"] = "adapter" if form.name == "adapter" else "finetune"
     paths = [config.data.path] if isinstance(config.data.path, str) else config.data.path
-    hub_ids = [p.split(":")[0] for p in paths if not looks_like_folder(p) and not Path(p).suffix]
+    hub_ids = [p.split(":")[0] for p in paths if not looks_like_folder(p) and not ending(p)]
     if hub_ids:
         values["datasets"] = hub_ids
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
