@@ -109,6 +109,7 @@ PLAYING = "algorithm: grpo\nreward: sentiment\nrollout: {{environment: {}}}"
         ("train", ("output: run", "output: pairs.jsonl"), "output is a file"),
         ("train", ("output: run", "output: pairs.jsonl/below"), "lies below one"),
         ("train", ("output: run", "output: model"), "output is a model's folder"),
+        ("train", ("output: run", "output: taken"), "taken/checkpoints: is not a folder"),
         ("train", ("loss: {name: dpo, beta: 0.1}", PLAYING.format("calculater")), 'did you mean "calculator"'),
         ("train", ("loss: {name: dpo, beta: 0.1}", PLAYING.format("envs.py:Env")), "envs.py: no such file"),
     ],
@@ -121,6 +122,8 @@ def test_a_mistake_is_answered_before_torch(
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
     (tmp_path / "model/model.safetensors").write_bytes(b"")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken/checkpoints").write_text("")
     text = "model: {path: ./model}\ndata: {path: pairs.jsonl}\nloss: {name: dpo, beta: 0.1}\noutput: run\n"
     assert change[0] in text
     (tmp_path / "run.yaml").write_text(text.replace(*change))

@@ -69,6 +69,15 @@ def test_another_adapter_at_the_same_place_is_merged_anew(base: ModelConfig, ada
     assert merge.model_sha256(merge.merge_to_folder(base, adapter, folder)) != before
 
 
+def test_an_adapter_without_a_tokenizer_gets_that_of_its_base(base: ModelConfig, adapter: Path, tmp_path: Path) -> None:
+    """peft saves an adapter alone."""
+    for path in adapter.iterdir():
+        if not path.name.startswith("adapter_"):
+            path.unlink()
+    folder = merge.merge_to_folder(base, adapter, tmp_path / "out/merged")
+    assert load_tokenizer(str(folder)).get_vocab() == load_tokenizer(base.path).get_vocab()
+
+
 def test_two_processes_at_once_merge_once(
     base: ModelConfig, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

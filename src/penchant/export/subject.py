@@ -60,8 +60,9 @@ class Subject:
 
     def tokenizer(self) -> Any:
         """Load the tokenizer the run was trained with."""
-        saved = (self.folder / "tokenizer_config.json").exists()
-        return load_tokenizer(str(self.folder) if saved else self.config.model.tokenizer or self.config.model.path)
+        if (self.folder / "tokenizer_config.json").exists():
+            return load_tokenizer(str(self.folder))
+        return load_tokenizer(self.base.tokenizer or self.base.path, self.base.revision_of(self.base.tokenizer))
 
     def dtype(self) -> torch.dtype:
         """Return the dtype that the checkpoint's weights are stored in."""

@@ -115,7 +115,7 @@ def _merge(
     shutil.rmtree(temp, ignore_errors=True)
     try:
         merged = merged_model(base, adapter, torch.device("cpu"), seed, check)
-        save_model(merged, load_processor(base) if base.sees else load_tokenizer(str(adapter)), temp)
+        save_model(merged, _tokenizer(base, adapter), temp)
         auto: Any = AutoModelForImageTextToText if base.sees else AutoModelForCausalLM
         reloaded = auto.from_pretrained(temp, dtype=torch.float32).eval()
         _check_equal(str(folder), _probe(merged), _probe(reloaded))
@@ -124,6 +124,15 @@ def _merge(
         os.rename(temp, folder)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def _tokenizer(base: ModelConfig, adapter: Path) -> Any:
+    """The adapter's tokenizer, or the base's if other tools saved the adapter alone; a vision-language model's processor."""
+    if base.sees:
+        return load_processor(base)
+    if (adapter / "tokenizer_config.json").exists():
+        return load_tokenizer(str(adapter))
+    return load_tokenizer(base.tokenizer or base.path, base.revision_of(base.tokenizer))
 
 
 def _files(folder: Path) -> list[list[Any]]:

@@ -74,6 +74,10 @@ def check_not_taken(folder: Path) -> Path:
         if (folder / "config.json").exists():
             what = "output is a model's folder (it holds config.json)"
             raise CheckpointError(str(folder), what, "choose another output")
+        if os.path.lexists(folder / CHECKPOINTS) and not (folder / CHECKPOINTS).is_dir():
+            raise CheckpointError(
+                str(folder / CHECKPOINTS), "is not a folder", "move it away, or choose another output"
+            )
     except OSError as error:
         raise disk_error(folder, error) from error
     if not nearest.is_dir():

@@ -198,7 +198,7 @@ def load_chat_model(
     settings = source.base if source.run is None else source.run.model
     check_text_alone(settings, path, "talking to a model")
     torch_device = resolve_device(device or settings.device)
-    tokenizer = load_tokenizer(source.tokenizer, settings.revision if source.adapter is None else None)
+    tokenizer = load_tokenizer(source.tokenizer, settings.revision_of(source.tokenizer))
     run_template, options = (
         ("auto", None) if source.run is None else (source.run.data.template, source.run.data.template_options)
     )
