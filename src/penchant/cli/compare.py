@@ -11,7 +11,6 @@ from penchant.requests import HUMANS, CompareRequest
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     compare = commands.add_parser(
         "compare", help="compare runs with their start and with each other: figures, paired tests, a written verdict"
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     parser = commands.add_parser("config", help="list every config key with its type, default and meaning")
     parser.add_argument("key", nargs="?", help="a section (train) or one key (train.lr)")
     parser.add_argument("--markdown", action="store_true", help="print docs/config.md")

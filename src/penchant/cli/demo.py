@@ -9,7 +9,6 @@ from penchant.cli.arguments import number_type
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     demo = commands.add_parser(
         "demo", help="see Penchant work: align the bundled small model offline in about two minutes"
     )

@@ -10,7 +10,6 @@ from penchant.requests import EvalRequest
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     evaluate = commands.add_parser(
         "eval", help="evaluate a run, a checkpoint, an adapter or any model; docs/eval.md defines every figure"
     )

@@ -11,7 +11,6 @@ from penchant.requests import ExportRequest
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     parser = commands.add_parser(
         "export", help="export a run's model as safetensors, pt, merged, adapter or gguf, checked, with a model card"
     )

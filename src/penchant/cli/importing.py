@@ -10,7 +10,6 @@ from penchant.cli.arguments import add_config, number_type
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     parser = commands.add_parser(
         "import", help="translate a config of TRL, LLaMA-Factory, Axolotl or ms-swift; every key is accounted for"
     )

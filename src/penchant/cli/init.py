@@ -9,7 +9,6 @@ from penchant.cli.arguments import add_columns, column_pairs
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     init = commands.add_parser(
         "init", help="write a first config from three answers (data, model, goal) or from options"
     )

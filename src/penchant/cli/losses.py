@@ -7,7 +7,6 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     losses = commands.add_parser("losses", help="list the losses with their formulas and hyperparameters")
     losses.add_argument("name", nargs="?", help="describe one loss in full")
     losses.add_argument("--markdown", action="store_true", help="print docs/losses.md")

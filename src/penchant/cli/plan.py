@@ -9,7 +9,6 @@ from penchant.cli.arguments import add_config
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     plan = commands.add_parser(
         "plan", help="predict a run without training: settings and their sources, steps, memory, disk, time"
     )

@@ -11,7 +11,6 @@ from penchant.cli.arguments import number_type
 
 
 def add(commands: Any) -> None:
-    """Declare the commands."""
     report = commands.add_parser(
         "report", help="write the report of runs, a sweep, a pipeline or a comparison: one HTML file"
     )

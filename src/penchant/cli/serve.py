@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Declare both commands."""
     _add_chat(commands)
     _add_serve(commands)
 

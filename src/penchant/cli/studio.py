@@ -14,7 +14,6 @@ from penchant.requests import StudioRequest
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     parser = commands.add_parser(
         "studio", help="compare answers, follow runs and look through data in the browser, on this machine"
     )

@@ -10,7 +10,6 @@ from penchant.cli.arguments import add_config, number_type
 
 
 def add(commands: Any) -> None:
-    """Declare the commands."""
     pipeline = commands.add_parser(
         "pipeline", help="train several stages from one file and compare them; run it again to resume"
     )

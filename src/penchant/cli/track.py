@@ -8,7 +8,6 @@ from typing import Any
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     parser = commands.add_parser(
         "track", help="send the metrics of finished runs to W&B, TensorBoard, MLflow or Trackio"
     )

@@ -15,7 +15,6 @@ PER_CORE = 8  # maximum processes per core, so that a typo in their number canno
 
 
 def add(commands: Any) -> None:
-    """Declare the command."""
     train = commands.add_parser("train", help="train from a config; run it again to resume after an interruption")
     add_config(train, "CONFIG.yaml")
     train.add_argument("--quiet", action="store_true", help="do not show progress")

@@ -10,7 +10,7 @@ import hashlib
 import os
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from penchant.base.machine import peak_memory
@@ -45,7 +45,6 @@ class Probe:
     peak: int
     packing: str
     fast: bool
-    notes: tuple[str, ...] = field(default=())
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,9 @@ def form_parts(loss: str = "", algorithm: str = "") -> Iterator[Part]:
         if part.title == "loss":
             names = tuple(LOSSES)
             keys = [
-                _with_choices(key, names) if key.path == "loss.name" else key for key in keys if key.path != "loss.mix"
+                replace(key, choices=tuple(names)) if key.path == "loss.name" else key
+                for key in keys
+                if key.path != "loss.mix"
             ]
             spec = LOSSES.get(loss or "dpo")
             loss_keys = (
@@ -88,10 +90,6 @@ def form_parts(loss: str = "", algorithm: str = "") -> Iterator[Part]:
                 yield Part("algorithm", part.about, tuple(key for key in keys if key.path != "algorithm.name"))
         else:
             yield Part(part.title, part.about, tuple(keys))
-
-
-def _with_choices(key: Key, names: Sequence[str]) -> Key:
-    return Key(key.path, key.takes, key.default, key.meaning, tuple(names))
 
 
 def first_keys() -> list[Key]:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -145,7 +145,7 @@ class Arena:
         for row in read_lines(self.folder / WRITTEN)[0]:
             pair = pairs.get(str(row.get("pair")))
             if pair is not None and pair.answers is None:
-                pairs[pair.id] = with_answers(pair, (str(row.get("answer_a")), str(row.get("answer_b"))))
+                pairs[pair.id] = replace(pair, answers=(str(row.get("answer_a")), str(row.get("answer_b"))))
 
     @cached_property
     def preferences(self) -> Preferences:
@@ -194,7 +194,7 @@ class Arena:
             if saved.answers is None:
                 row = {"pair": pair.id, "answer_a": answers[0], "answer_b": answers[1]}
                 Preferences(self.folder / WRITTEN).append(row)
-                saved = self.pairs[pair.id] = with_answers(pair, answers)
+                saved = self.pairs[pair.id] = replace(pair, answers=answers)
             return saved
 
 
@@ -205,11 +205,6 @@ def _try_lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def with_answers(pair: Pair, answers: tuple[str, str]) -> Pair:
-    """Return a pair with its answers filled in, under the same id."""
-    return Pair(pair.id, pair.prompt, pair.models, answers, pair.gold)
 
 
 def _parse_pair(row: Mapping[str, Any]) -> Pair | None:
