@@ -323,6 +323,25 @@ class LossOutput:
         return LossOutput(losses, weights, {name: weigh(pair) for name, pair in self.metrics.items()}, terms)
 
 
+def check_output(out: Any) -> None:
+    """Check the form of what a loss returns, of a user's own loss or algorithm.
+
+    Raises:
+        ValueError: it is no `LossOutput`, or its weights, terms or metrics are not as there.
+    """
+    if not isinstance(out, LossOutput):
+        raise ValueError(f"returns {type(out).__name__}; return LossOutput(losses)")
+    if out.weights is not None and not hasattr(out.weights, "shape"):
+        raise ValueError(
+            f"gives {type(out.weights).__name__} as weights of the losses; write LossOutput(losses, metrics=...)"
+        )
+    for name, pair in {**out.terms, **out.metrics}.items():
+        if not (isinstance(pair, tuple) and len(pair) == 2):
+            raise ValueError(
+                f"gives {name} as {type(pair).__name__}; write {name!r}: (values, None), a mean over the rows"
+            )
+
+
 @dataclass(frozen=True, slots=True)
 class Scored:
     """Result of a forward pass over a batch: one number per completion, each of shape (C,); None if not needed.

@@ -128,6 +128,30 @@ def test_a_relative_path_is_beside_the_config(config: dict[str, Any], tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("class FadingStep(Algorithm)", "class FadingStep", "not an Algorithm"),
+        ("(-chosen.detach(), None)", "-chosen.detach()", "write 'nll': (values, None)"),
+        (
+            "LossOutput(-chosen + self.push * rejected,",
+            "LossOutput((rejected - chosen).mean(),",
+            "one for each example",
+        ),
+    ],
+)
+def test_a_step_that_breaks_a_rule_is_refused(
+    config: dict[str, Any], tmp_path: Path, old: str, new: str, words: str
+) -> None:
+    file = tmp_path / "my_algorithms.py"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+    del config["data"]["validation_rows"]
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        api.train(config, quiet=True)
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"name": "nowhere.py:Fading"}, "no such file"),

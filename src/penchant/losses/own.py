@@ -13,7 +13,7 @@ from penchant.base.functions import is_own, own_file, python_function
 from penchant.base.lazy import Tensor, torch
 from penchant.errors import ConfigError
 from penchant.losses.registry import LOSSES, LossSpec, Signal, params_of
-from penchant.types import ListLogps, LossOutput, PairLogps, UnpairedLogps
+from penchant.types import ListLogps, PairLogps, UnpairedLogps, check_output
 
 Inputs = PairLogps | UnpairedLogps | ListLogps
 
@@ -127,19 +127,6 @@ def _check_value(spec: LossSpec, equal: Inputs) -> None:
             raise ValueError(f"gives {value:g} where policy and reference are equal, and declares {declared:g}")
 
 
-def _check_pairs(out: LossOutput) -> None:
-    """Refuse what is not (values, weights): a bare tensor as a metric, or metrics where the weights of the losses belong."""
-    if not (out.weights is None or isinstance(out.weights, torch.Tensor)):
-        raise ValueError(
-            f"gives {type(out.weights).__name__} as weights of the losses; write LossOutput(losses, metrics=...)"
-        )
-    for name, pair in {**out.terms, **out.metrics}.items():
-        if not (isinstance(pair, tuple) and len(pair) == 2):
-            raise ValueError(
-                f"gives {name} as {type(pair).__name__}; write {name!r}: (values, None), a mean over the rows"
-            )
-
-
 def _run_and_check(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
     """Run a loss, check its output, and return the gradients of its policy inputs."""
     names = [k for prefix in ("policy_", "div", "weighted_") for k in _tensor_fields(logps, prefix)]
@@ -148,9 +135,7 @@ def _run_and_check(spec: LossSpec, logps: Inputs, when: str) -> list[Tensor]:
         out = spec.fn(replace(logps, **leaves), **spec.params().arguments())
     except Exception as error:
         raise ValueError(f"raises {type(error).__name__} {when}: {error}") from error
-    if not isinstance(out, LossOutput):
-        raise ValueError(f"returns {type(out).__name__}; return LossOutput(losses)")
-    _check_pairs(out)
+    check_output(out)
     summands = {**out.summands(), **out.metrics}
     for name, (values, _) in summands.items():
         label = "losses" if name == "main" else name

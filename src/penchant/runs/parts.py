@@ -73,7 +73,7 @@ from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Key, Uncached
 from penchant.training.optim import MasterAdamW, state_bytes
-from penchant.types import TokenTree
+from penchant.types import Algorithm, TokenTree
 
 
 @dataclass(slots=True)
@@ -182,6 +182,9 @@ def build(config: RunConfig, rows: Rows, shared: Uncached, console: Any, *, cach
     if kind is not None:
         parts.reference = _reference(built, kind, rows, shared, console, cache)
     built.algorithm = method.build(parts)
+    if Algorithm not in type(built.algorithm).__mro__:
+        what = f"{method.name}: build(parts) returns {type(built.algorithm).__name__}, which is not an Algorithm"
+        raise ConfigError("algorithm.name", what, "derive its class from penchant.types.Algorithm")
     return built
 
 

@@ -24,7 +24,7 @@ from penchant.base.lanes import Turns, in_order, side_by_side
 from penchant.base.machine import in_fp64, peak_memory, place_of
 from penchant.data.packing import max_concurrent_passes, pack, plan_for_ranks, plan_passes, tree_tokens
 from penchant.distributed.world import World, agreed, current
-from penchant.errors import CheckpointError, PenchantError, TrainingStopped
+from penchant.errors import CheckpointError, ConfigError, PenchantError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.models.router import RouterLoss
 from penchant.runfolder import CHECKPOINTS, METRICS, PERF, MetricsLog, NullLog, nan_to_none
@@ -41,7 +41,7 @@ from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
 from penchant.training.steps import BatchSchedule, Share, Summed, Totals, on_host, reduced, repeatable
-from penchant.types import FURTHER, Algorithm, LossOutput, PackedBatch, Scored, TokenTree
+from penchant.types import FURTHER, Algorithm, LossOutput, PackedBatch, Scored, TokenTree, check_output
 
 Metrics = dict[str, Any]
 T = TypeVar("T")
@@ -427,7 +427,15 @@ class Loop:
     def _loss(self, step: int, scored: Scored) -> LossOutput:
         if step == 0 and self.start_tolerance is not None:
             self._check_start(scored)
-        return self.algorithm.loss(scored)
+        out = self.algorithm.loss(scored)
+        try:
+            check_output(out)
+            if not out.losses.dim():
+                raise ValueError("gives losses of shape []; give one for each example, not their mean")
+        except ValueError as error:
+            what = f"the loss of {type(self.algorithm).__name__} {error}"
+            raise ConfigError("algorithm", what, "fix the file; docs/own_algorithms.md has an example") from error
+        return out
 
     def _check_start(self, scored: Scored) -> None:
         """Check that policy and reference, which are the same model before the first step, give equal log-probs."""
