@@ -10,6 +10,7 @@ from penchant.compare.humans import Annotator, HumanVerdict, human_verdict
 from penchant.judges.humans import Preferences
 from penchant.metrics.stats import Interval
 from penchant.report.html import Element, Node, document, el, note, panel, user_text
+from penchant.runfolder.values import format_p
 
 MARKS = {"good": "●", "open": "○", "plain": "·"}
 
@@ -91,7 +92,7 @@ def _models_table(verdict: HumanVerdict) -> Element:
                 _percent(pair.win_rate),
                 _interval_svg(pair.win_rate),
                 _percent(pair.equal_length),
-                _p_value(pair.corrected),
+                format_p(pair.corrected),
                 f"{verdict.prompts[pair.name, pair.other]:,}",
             ]
         )
@@ -152,7 +153,3 @@ def _interval_svg(share: Interval | None) -> Node:
         class_="share",
         aria_hidden="true",
     )
-
-
-def _p_value(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
