@@ -157,6 +157,7 @@ def test_a_step_that_breaks_a_rule_is_refused(
         ({"name": "nowhere.py:Fading"}, "no such file"),
         ({"name": "my_algorithms.py:Nobody"}, "has no class 'Nobody'; there are"),
         ({"name": "my_algorithms.py:FadingStep"}, "is not an AlgorithmConfig"),
+        ({"name": "my_algorithms.py"}, "names no class; write my_algorithms.py:NAME"),
         ({"push": -1}, "greater than or equal to 0"),
         ({"puhs": 1}, "puhs"),
         ({"name": "rlo"}, 'did you mean "rloo"'),

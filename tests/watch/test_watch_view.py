@@ -365,7 +365,7 @@ def test_pipelines_folders_and_several_runs(tmp_path: Path) -> None:
 def test_a_pipeline_shows_the_stages_to_come_and_what_an_interrupted_one_is(tmp_path: Path) -> None:
     make_run(tmp_path / "sft", 20, status="finished")
     make_run(tmp_path / "dpo", 8, status="interrupted", total_steps=20)
-    record = {"pipeline": {"stages": ["sft", "dpo", "ppo"]}, "comparison": {}}
+    record: dict[str, Any] = {"pipeline": {"stages": ["sft", "dpo", "ppo"]}, "comparison": {}}
     record["stages"] = {"sft": {"state": "finished"}, "dpo": {"state": "stopped"}}
     (tmp_path / "pipeline.json").write_text(json.dumps(record))
     view = open_view([tmp_path])

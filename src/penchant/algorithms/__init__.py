@@ -41,6 +41,8 @@ def find_algorithm(name: str) -> type[AlgorithmConfig]:
     """
     if is_own(name):
         return _load_own_algorithm(name, own_sha256(name))
+    if name.endswith(".py"):
+        raise ValueError(f"name is {name!r}, which names no class; write {name}:NAME")
     if name not in ALGORITHMS:
         raise ValueError(f"name is {name!r}; {did_you_mean(name, ALGORITHMS)}")
     return ALGORITHMS[name]

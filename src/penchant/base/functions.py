@@ -70,7 +70,7 @@ def python_object(name: str, where: str, kind: Literal["function", "class"] = "f
         raise ConfigError(where, f"{path} cannot be imported ({type(error).__name__}: {error})", "fix it") from error
     loaded = getattr(module, attribute, None)
     if not callable(loaded):
-        is_kind = inspect.isclass if kind == "class" else inspect.isfunction
+        is_kind: Callable[[Any], bool] = inspect.isclass if kind == "class" else inspect.isfunction
         # without imported ones
         defined = sorted(n for n, v in vars(module).items() if is_kind(v) and v.__module__ == module.__name__)
         raise ConfigError(
