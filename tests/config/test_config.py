@@ -129,6 +129,14 @@ def test_a_python_script_is_no_config(tmp_path: Path) -> None:
             read_mapping(script, kind)
 
 
+def test_another_tools_config_leads_to_import(tmp_path: Path) -> None:
+    foreign = "model_name_or_path: m\ndataset_name: d\nlearning_rate: 1e-6\nbeta: 0.1\noutput_dir: o\n"
+    with pytest.raises(ConfigError, match=r"run\.yaml: .*model_name_or_path.*penchant import .*run\.yaml"):
+        _load(tmp_path, foreign)
+    with pytest.raises(ConfigError, match=r'did you mean "model"'):  # mistyped keys of our own still get suggestions
+        _load(tmp_path, "modle: {path: m}\ndatta: {path: d}\noutput: o\n")
+
+
 def test_a_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(BASE)
     with pytest.raises(ConfigError, match=r"no such file; did you mean run\.yaml"):

@@ -73,6 +73,7 @@ SYNONYMS = {
 }
 
 
+MANY_FOREIGN = 4  # unknown keys at the top level of another tool's config
 MAX_ERRORS = 20  # errors of one section shown after the first
 
 
@@ -84,8 +85,14 @@ def explain_all(
     suggest: Callable[[str], str] | None = None,
 ) -> ConfigError:
     """A section's pydantic errors as sentences; `prefix` is the section's path, `suggest` gives advice on an unknown key."""
+    found = error.errors()
+    foreign = [str(e["loc"][0]) for e in found if e["type"] == "extra_forbidden" and len(e["loc"]) == 1]
+    if not prefix and len(foreign) >= MANY_FOREIGN and any(e["type"] == "missing" for e in found):
+        what = f"its keys are not Penchant's: {', '.join(foreign[:MANY_FOREIGN])}, ..."
+        how = f"translate a config of TRL, LLaMA-Factory, Axolotl or ms-swift first: penchant import {source}"
+        return ConfigError(source, what, how)
     errors: dict[tuple[str, str], ConfigError] = {}
-    for e in error.errors():
+    for e in found:
         p = _explain({**e, "loc": (*prefix, *e["loc"])}, places, source, suggest)
         earlier = errors.setdefault((p.where, p.what), p)
         if p.how != earlier.how:  # a union of types reports each of its members
