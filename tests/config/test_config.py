@@ -50,6 +50,11 @@ def test_numbers_without_a_dot_are_numbers(tmp_path: Path, text: str) -> None:
         ("loss: {name: dpo, beta: -1}", (), r"loss\.beta is -1; give a number greater than 0"),
         ("loss: {name: sft, beta: 0.1}", (), r'unknown key "beta" in loss'),
         ("train: {divergence_ceiling: 1}", (), r"train\.divergence_ceiling has no effect with dpo"),
+        (
+            "train: {divergence_ceiling: 1}",
+            ("algorithm=rloo", "reward=words"),
+            r"train\.divergence_ceiling has no effect with rloo",
+        ),
         ("", ("checkpoint.metric=eval/rewards/accuracies",), r"of which higher is better.*set checkpoint\.mode=max"),
         ("output: x", (), r"run\.yaml:4: output is set twice"),
         ("  bad: : x", (), r"run\.yaml:4: not valid YAML"),

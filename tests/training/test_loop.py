@@ -445,7 +445,7 @@ def test_a_refused_step_changes_nothing_and_leaves_no_gradient(tmp_path: Path, m
 
 def test_floor_and_ceiling_stop_beyond_them_only(tmp_path: Path) -> None:
     loop = make_loop(tmp_path / "run", logp_floor=-5.0, divergence_ceiling=2.0)
-    for means in ({}, {"logps/per_token": -4.9, "divergence": 1.9, "loss/divergence": 9.0}):
+    for means in ({}, {"logps/per_token": -4.9, "divergence": 1.9, "loss/divergence": 9.0, "js_divergence": 9.0}):
         loop._check_limits(3, means, [])
     for means, said in (
         ({"logps/per_token": -5.1}, "below train.logp_floor=-5"),

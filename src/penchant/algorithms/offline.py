@@ -78,11 +78,6 @@ class Losses(Method):
         return "divergence" in self.needs  # a cache does not hold whole distributions
 
     @property
-    def idle(self) -> dict[str, str]:
-        reason = f"with {self.name}, which computes no divergence; leave it out"
-        return {} if "divergence" in self.needs else {"train.divergence_ceiling": reason}
-
-    @property
     def metric(self) -> str:
         return "eval/loss" if {s.signal for s in self.specs} == {"tokens"} else "eval/rewards/accuracies"
 

@@ -172,7 +172,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_unused_settings(self) -> RunConfig:
-        for key, reason in self.method.idle.items():
+        idle = dict(self.method.idle)
+        if not self._has_own_method and "divergence" not in self.method.needs:
+            idle["train.divergence_ceiling"] = f"with {self.method.name}, which computes no divergence; leave it out"
+        for key, reason in idle.items():
             section, _, name = key.partition(".")
             if name:
                 refuse_idle(getattr(self, section), {name: reason}, f"{section}.")
@@ -228,10 +231,14 @@ class RunConfig(Section):
 
     def unknown_metric(self, name: str) -> str | None:
         """What to give instead of a held-out metric that such a run never logs; None if it may, as code of the user can log any."""
-        code = [c.spec.fn for c in self.loss.components] if self.algorithm is None else [type(self.algorithm)]
         rewards = [r for config in (self.reward, self.evaluation.reward) if config is not None for r in config.terms]
-        own = any(map(is_own, rewards)) or not all(part.__module__.startswith("penchant.") for part in code)
-        return None if own else unknown_metric(name)
+        return None if self._has_own_method or any(map(is_own, rewards)) else unknown_metric(name)
+
+    @property
+    def _has_own_method(self) -> bool:
+        """Whether the algorithm, or one of the losses, is code of the user."""
+        code = [c.spec.fn for c in self.loss.components] if self.algorithm is None else [type(self.algorithm)]
+        return not all(part.__module__.startswith("penchant.") for part in code)
 
     def own_contents(self) -> dict[str, str]:
         """SHA-256 of the user's own loss, algorithm and environment files by name, and of their imports as ``NAME: helper.py``."""

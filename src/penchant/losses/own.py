@@ -50,12 +50,6 @@ def _load(file: str, attribute: str, sha256: str, where: str) -> LossSpec:
         function = python_function(name, where, ("logps",))
         if not inspect.isfunction(function):
             raise ValueError("is not a function")
-        _, *others = inspect.signature(function).parameters.values()
-        fixed = next((p.name for p in others if p.kind is p.POSITIONAL_OR_KEYWORD), None)
-        if fixed is not None:
-            raise ValueError(
-                f"{fixed} cannot be set in a config; write def {attribute}(logps, *, {fixed}=...), with the asterisk"
-            )
         spec = next((s for s in LOSSES.values() if s.fn is function), None) or _spec_of_plain_function(function)
         check(spec)
     except ValueError as error:

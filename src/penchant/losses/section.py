@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -131,8 +132,15 @@ class ComponentConfig(BaseModel):
         weight = rest.pop("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or weight < 0:
             raise ConfigError(".".join((*path, "weight")), f"is {weight!r}", "give a number of at least 0")
-        params_type = find_loss(name).params
+        spec = find_loss(name)
+        params_type = spec.params
         names = {info.alias or field: field for field, info in params_type.model_fields.items()}
+        fixed = next((key for key in rest if key not in names and key in inspect.signature(spec.fn).parameters), None)
+        if fixed is not None:
+            how = f"write def {spec.fn.__name__}(logps, *, {fixed}=...), with the asterisk"
+            raise ConfigError(
+                ".".join((*path, fixed)), "cannot be set, as the function does not take it by name alone", how
+            )
         schedules: dict[str, Schedule] = {}
         for key, setting in rest.items():
             if isinstance(setting, Mapping) and key in names:

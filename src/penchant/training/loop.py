@@ -472,7 +472,7 @@ class Loop:
                 "docs/losses.md), or set train.logp_floor=null",
             )
         # a loss of a mix other than the first has its name before it; loss/... are terms of the loss
-        by_loss = (v for n, v in means.items() if n.endswith("divergence") and not n.startswith("loss/"))
+        by_loss = (v for n, v in means.items() if n.split("/")[-1] == "divergence" and not n.startswith("loss/"))
         divergence = max(by_loss, default=0.0)
         if t.divergence_ceiling is not None and divergence > t.divergence_ceiling:
             self._dump_and_stop(
