@@ -15,7 +15,7 @@ from tiny import polite_rows, tiny_model_folder, write_jsonl
 from penchant import api
 from penchant.config import config_from_mapping
 from penchant.errors import CheckpointError, ConfigError, ModelError, PenchantError
-from penchant.models.load import load_causal_model
+from penchant.models.load import load_causal_model, load_tokenizer
 from penchant.models.merge import merged_model
 from penchant.models.options import ModelConfig
 from penchant.plan.outline import OutlinedRun
@@ -110,6 +110,21 @@ def test_a_reference_of_other_tokens_is_refused(work: Path, tmp_path: Path, loss
     config = values(work, "next", str(work / "start"), loss={"name": loss}, reference={"path": str(other)})
     with pytest.raises(ConfigError, match=f"reference.path: does not fit .*{what}"):
         _ = Run(config_from_mapping(config), quiet=True).built
+
+
+def test_a_reference_needs_no_token_that_only_pads(work: Path, tmp_path: Path) -> None:
+    policy = tiny_model_folder(tmp_path / "policy")
+    tokenizer, model = load_tokenizer(policy), load_causal_model(ModelConfig(path=policy), CPU)
+    size = model.get_input_embeddings().weight.shape[0]
+    tokenizer.add_tokens([f"<{i}>" for i in range(size - len(tokenizer))])
+    for folder, add in ((tmp_path / "reference", False), (Path(policy), True)):
+        if add:
+            tokenizer.add_special_tokens({"pad_token": "<pad of its own>"})
+            model.resize_token_embeddings(size + 1)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    config = values(work, "next", policy, reference={"path": str(tmp_path / "reference")})
+    assert Run(config_from_mapping(config), quiet=True).built
 
 
 def test_a_revision_is_that_of_the_models_own_path(monkeypatch: pytest.MonkeyPatch) -> None:

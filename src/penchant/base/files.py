@@ -148,10 +148,12 @@ def one_at_a_time(path: Path) -> Iterator[None]:
     try:
         with suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:  # not if it is interrupted while it waits: the file is the holder's
+            with suppress(OSError):
+                path.unlink(missing_ok=True)  # a waiting process then finds the result or makes it too
     finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)  # a waiting process then finds the result or makes it too
         os.close(handle)
 
 

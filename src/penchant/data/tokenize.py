@@ -637,14 +637,18 @@ def same_tokens(a: Any, b: Any, *, template: bool = True) -> bool:
     return _definition(a, template) == _definition(b, template)
 
 
+def only_padding(tokenizer: Any) -> int | None:
+    """The id of a token that only pads rows and so never stands in a text; None if padding has no token of its own."""
+    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
+    return tokenizer.pad_token_id if tokenizer.pad_token_id not in used else None
+
+
 def _definition(tokenizer: Any, template: bool) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return sorted(tokenizer.get_vocab().items())
     definition = json.loads(backend.to_str())
-    used = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}
-    only_padding = tokenizer.pad_token_id if tokenizer.pad_token_id not in used else None
     settings = {k: v for k, v in definition.items() if k not in ("padding", "truncation", "added_tokens")}
-    added = [t for t in definition.get("added_tokens", []) if t["id"] != only_padding]
+    added = [t for t in definition.get("added_tokens", []) if t["id"] != only_padding(tokenizer)]
     chat_template = getattr(tokenizer, "chat_template", None) if template else None
     return settings, added, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template

@@ -21,6 +21,7 @@ from penchant.config import RunConfig
 from penchant.data.mapped import StoredTokens
 from penchant.data.packing import tree_tokens
 from penchant.data.templates import set_eos_token_ids
+from penchant.data.tokenize import only_padding
 from penchant.distributed.shard import Sharding, gathered, rooted
 from penchant.distributed.world import current
 from penchant.errors import ConfigError, ModelError
@@ -618,7 +619,8 @@ def _check_reference(parts: Parts, model: Any) -> None:
     Raises:
         ConfigError: its tokenizer gives a token another id, its embedding or (for an exact divergence) its head has another size.
     """
-    config, ours = parts.config, parts.tokenizer.get_vocab()
+    config, padding = parts.config, only_padding(parts.tokenizer)
+    ours = {token: i for token, i in parts.tokenizer.get_vocab().items() if i != padding}
     path, what = str(config.reference.path), ""
     with suppress(ModelError):  # it may have no tokenizer of its own
         theirs = load_tokenizer(path, config.model.revision_of(path)).get_vocab()
@@ -626,8 +628,8 @@ def _check_reference(parts: Parts, model: Any) -> None:
         if differs is not None:
             what = f"its tokenizer has {differs!r} as {theirs[differs]:,}, and the policy's as {ours[differs]:,}"
     sizes = [base_model_of(m).get_input_embeddings().weight.shape[0] for m in (model, parts.model)]
-    if sizes[0] < tokens_of(parts.tokenizer):
-        what = f"its embedding has {sizes[0]:,} tokens, and the policy's tokenizer {tokens_of(parts.tokenizer):,}"
+    if sizes[0] < (needed := 1 + max(ours.values())):
+        what = f"its embedding has {sizes[0]:,} tokens, and the policy's tokenizer {needed:,}"
     elif "divergence" in config.method.needs and sizes[0] != sizes[1]:
         what = f"an exact divergence compares whole distributions; its vocabulary is {sizes[0]:,}, the policy's {sizes[1]:,}"
     if what:
