@@ -18,6 +18,7 @@ from penchant.plan.probe import Duration, Probe, duration_of, probe
 from penchant.plan.ranks import ranks_of
 from penchant.plan.settings import Setting, derived_values, settings_of
 from penchant.plan.work import Disk, Rows, Work, disk_of, rows_of, to_json, work_of
+from penchant.runfolder import check_run_folder
 from penchant.runs import Run
 from penchant.runs.identity import reward_contents
 from penchant.runs.parts import check_offload, check_places, reference_kind, remarks
@@ -83,7 +84,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
         gpus: numbers of processes, one GPU each, to count memory for. Nothing is probed if given.
 
     Raises:
-        ConfigError, DataError, ModelError, RewardError: the run itself would fail with this.
+        CheckpointError, ConfigError, DataError, ModelError, RewardError: the run itself would fail with this.
     """
     original = config
     for count in gpus:
@@ -92,6 +93,7 @@ def make_plan(config: RunConfig, places: Places, *, with_probe: bool = True, gpu
     if gpus:
         config, with_probe = _gpu_config(config), False
     run = OutlinedRun(config, quiet=True)
+    check_run_folder(run.folder)
     _preload_libraries(run)
     baseline = resident()
     _ = run.rows.trees, run.rows.mismatched
