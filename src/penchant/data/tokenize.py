@@ -647,8 +647,8 @@ def _definition(tokenizer: Any, template: bool) -> object:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return sorted(tokenizer.get_vocab().items())
-    definition = json.loads(backend.to_str())
+    definition, padding = json.loads(backend.to_str()), only_padding(tokenizer)
     settings = {k: v for k, v in definition.items() if k not in ("padding", "truncation", "added_tokens")}
-    added = [t for t in definition.get("added_tokens", []) if t["id"] != only_padding(tokenizer)]
+    added = [t for t in definition.get("added_tokens", []) if t["id"] != padding]
     chat_template = getattr(tokenizer, "chat_template", None) if template else None
     return settings, added, tokenizer.bos_token_id, tokenizer.eos_token_id, chat_template
