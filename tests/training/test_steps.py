@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from penchant.training.steps import BatchSchedule, Totals, reduced
+from penchant.training.steps import BatchSchedule, Totals, is_due, reduced
 from penchant.types import LossOutput
 
 
@@ -40,6 +40,15 @@ def test_steps_are_bounded_and_fractions_are_of_an_epoch() -> None:
     assert BatchSchedule(10, 4, 2.0, max_steps=9).total_steps == 6
     assert BatchSchedule(10, 4, 0.7).total_steps == 2
     assert BatchSchedule(10, 4, 0.01).total_steps == 1
+
+
+@pytest.mark.parametrize(("every", "due"), [(None, []), (4, [4, 8]), ("epoch", [3, 6, 9])])
+def test_the_steps_that_are_due_can_be_told_from_the_logged_epochs(every: int | str | None, due: list[int]) -> None:
+    schedule = BatchSchedule(10, 4, 3.2)
+    steps = range(1, schedule.total_steps + 1)
+    assert [step for step in steps if is_due(every, step, schedule.ends_epoch(step))] == due
+    logged = {step: round(schedule.epoch_at(step), 6) for step in steps}
+    assert [step for step in steps if is_due(every, step, logged[step] % 1 == 0)] == due
 
 
 def _output(losses: list[float], tokens: list[float], bad: list[float]) -> LossOutput:

@@ -51,6 +51,7 @@ from penchant.runs.identity import changed_since
 from penchant.runs.state import check_reward, reward_hashes, reward_terms
 from penchant.training.checkpoint import checkpoint_state, latest_checkpoint
 from penchant.training.console import console
+from penchant.training.steps import is_due
 
 __all__ = ["RunComparison", "compare_runs"]
 
@@ -398,9 +399,7 @@ def _was_selected(run: TrainedRun) -> bool:
     best = checkpoint_state(last).get("best_step") if last is not None else None
     evaluated = [x for x in read_folder(run.folder).metrics if x.get("kind") == "eval" and x["step"] > 0]
     every = run.config.checkpoint.every  # a step without a checkpoint is no candidate; the last one always has one
-    per_epoch = every == "epoch"
-    earlier = [x for x in evaluated[:-1] if every and not (x["epoch"] % 1 if per_epoch else x["step"] % int(every))]
-    return best == run.step and bool(earlier)
+    return best == run.step and any(is_due(every, x["step"], ends_epoch=x["epoch"] % 1 == 0) for x in evaluated[:-1])
 
 
 def _resolve(path: str | Path) -> Path:

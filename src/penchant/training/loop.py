@@ -40,7 +40,7 @@ from penchant.training.checkpoint import (
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
-from penchant.training.steps import BatchSchedule, Share, Summed, Totals, on_host, reduced, repeatable
+from penchant.training.steps import BatchSchedule, Share, Summed, Totals, is_due, on_host, reduced, repeatable
 from penchant.types import FURTHER, Algorithm, LossOutput, PackedBatch, Scored, TokenTree, check_output
 
 Metrics = dict[str, Any]
@@ -171,8 +171,9 @@ class Loop:
     def _after_step(self, metrics: MetricsLog, schedule: BatchSchedule, total: int) -> None:
         step = self.state.step
         is_last = step == total
-        is_saved = is_last or _is_due(self.checkpoint.every, step, schedule)
-        if self.evaluate is not None and (is_last or _is_due(self.evaluation.every, step, schedule)):
+        ends_epoch = schedule.ends_epoch(step)
+        is_saved = is_last or is_due(self.checkpoint.every, step, ends_epoch)
+        if self.evaluate is not None and (is_last or is_due(self.evaluation.every, step, ends_epoch)):
             self._evaluate(metrics, schedule, may_be_best=is_saved)
         signum, stop = self._asked_to_stop()
         paused = (stop or step == self.pause_at) and not is_last
@@ -679,12 +680,6 @@ def run_in_thread(function: Callable[[], T]) -> Future[T]:
 def _line_header(kind: str, step: int, schedule: BatchSchedule) -> Metrics:
     """The common fields of every line in metrics.jsonl."""
     return {"kind": kind, "step": step, "epoch": round(schedule.epoch_at(step), 6)}
-
-
-def _is_due(every: int | str | None, step: int, schedule: BatchSchedule) -> bool:
-    if every is None:
-        return False
-    return schedule.ends_epoch(step) if every == "epoch" else step % int(every) == 0
 
 
 @contextmanager

@@ -124,6 +124,13 @@ class BatchSchedule:
         return step % self.steps_per_epoch == 0
 
 
+def is_due(every: int | str | None, step: int, ends_epoch: bool) -> bool:
+    """Whether an interval such as `checkpoint.every` ends after `step` steps; the last step of a run is always due besides."""
+    if every is None:
+        return False
+    return ends_epoch if every == "epoch" else step % int(every) == 0
+
+
 # ---- Reduction by global counts: sums over micro-batches, then one division, so that 1x8 equals 4x2 ----
 
 
