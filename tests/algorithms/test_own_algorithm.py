@@ -137,16 +137,24 @@ def test_a_relative_path_is_beside_the_config(config: dict[str, Any], tmp_path: 
             "LossOutput((rejected - chosen).mean(),",
             "one for each example",
         ),
+        ("def weights(self, batch)", "def weight(self, batch)", "has no method weights(batch)"),
+        ('return {"main": batch.trees}', "return batch.trees", "returns int from weights"),
+        ('{"main": batch.trees}', '{"pairs": batch.trees}', 'return {"main": batch.trees}'),
+        ("torch.tensor(self.push, dtype=torch.float64)", "self.push", "write 'push': torch.tensor("),
+        ('return {"push": torch.tensor(self.push, dtype=torch.float64)}', "return [1.0]", "return {name: tensor}"),
+        ("def end_step(self, step, means)", "def end_step(self, step)", "cannot call as end_step(step, means)"),
     ],
 )
+@pytest.mark.parametrize("held_out", [False, True])
 def test_a_step_that_breaks_a_rule_is_refused(
-    config: dict[str, Any], tmp_path: Path, old: str, new: str, words: str
+    config: dict[str, Any], tmp_path: Path, old: str, new: str, words: str, held_out: bool
 ) -> None:
     file = tmp_path / "my_algorithms.py"
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new))
-    del config["data"]["validation_rows"]
+    if not held_out:
+        del config["data"]["validation_rows"]
     with pytest.raises(ConfigError, match=re.escape(words)):
         api.train(config, quiet=True)
 

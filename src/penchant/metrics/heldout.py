@@ -18,6 +18,7 @@ from penchant.data.mapped import extra_of
 from penchant.data.packing import run_passes
 from penchant.metrics.figures import exp
 from penchant.metrics.stats import Interval, bootstrap_ci, share_ci
+from penchant.training.own import loss_of
 from penchant.training.steps import Totals
 from penchant.types import Algorithm, LossOutput, Scored, TokenTree
 
@@ -77,7 +78,7 @@ def heldout_metrics(
     """
     with torch.no_grad():
         # one call over all rows: a loss that uses batch statistics must not depend on how the rows were batched
-        out = algorithm.loss(scored)
+        out = loss_of(algorithm, scored)
     clusters = np.array([_prompt_cluster(t) for t in trees])
     if len(set(clusters.tolist())) == 1:
         clusters = np.arange(len(trees))  # all rows share one prompt (or have none): resample rows instead

@@ -74,6 +74,7 @@ from penchant.runs.record import tokenizer_sha256
 from penchant.runs.rows import Rows
 from penchant.runs.sharing import Key, Uncached
 from penchant.training.optim import MasterAdamW, state_bytes
+from penchant.training.own import check_methods
 from penchant.types import Algorithm, TokenTree
 
 
@@ -186,6 +187,7 @@ def build(config: RunConfig, rows: Rows, shared: Uncached, console: Any, *, cach
     if Algorithm not in type(built.algorithm).__mro__:
         what = f"{method.name}: build(parts) returns {type(built.algorithm).__name__}, which is not an Algorithm"
         raise ConfigError("algorithm.name", what, "derive its class from penchant.types.Algorithm")
+    check_methods(built.algorithm)
     return built
 
 

@@ -24,7 +24,7 @@ from penchant.base.lanes import Turns, in_order, side_by_side
 from penchant.base.machine import in_fp64, peak_memory, place_of
 from penchant.data.packing import max_concurrent_passes, pack, plan_for_ranks, plan_passes, tree_tokens
 from penchant.distributed.world import World, agreed, current
-from penchant.errors import CheckpointError, ConfigError, PenchantError, TrainingStopped
+from penchant.errors import CheckpointError, PenchantError, TrainingStopped
 from penchant.losses.schedules import progress_at
 from penchant.models.router import RouterLoss
 from penchant.runfolder import CHECKPOINTS, METRICS, PERF, MetricsLog, NullLog, nan_to_none
@@ -40,8 +40,9 @@ from penchant.training.checkpoint import (
 from penchant.training.console import PlainConsole
 from penchant.training.optim import MasterAdamW, learning_rate
 from penchant.training.options import CheckpointConfig, EvalConfig, LoggingConfig, TrainConfig
+from penchant.training.own import loss_of, state_of, weights_of
 from penchant.training.steps import BatchSchedule, Share, Summed, Totals, is_due, on_host, reduced, repeatable
-from penchant.types import FURTHER, Algorithm, LossOutput, PackedBatch, Scored, TokenTree, check_output
+from penchant.types import FURTHER, Algorithm, LossOutput, PackedBatch, Scored, TokenTree
 
 Metrics = dict[str, Any]
 T = TypeVar("T")
@@ -259,7 +260,7 @@ class Loop:
             batch.columns |= self.algorithm.columns(batch)
         if packs_ahead(self.device) and trees is scheduled and step + 1 < total:
             self._prefetched = step + 1, in_background(lambda: self._pack_step(step + 1, schedule))
-        weights = [self.algorithm.weights(b) for b in batches if not b.idle]
+        weights = [weights_of(self.algorithm, b) for b in batches if not b.idle]
         counts = self.world.sums({name: sum(w[name] for w in weights) for name in (weights[0] if weights else ())})
         if self.router is not None:
             self.router.begin_step(self.model, batches)
@@ -428,15 +429,7 @@ class Loop:
     def _loss(self, step: int, scored: Scored) -> LossOutput:
         if step == 0 and self.start_tolerance is not None:
             self._check_start(scored)
-        out = self.algorithm.loss(scored)
-        try:
-            check_output(out)
-            if not out.losses.dim():
-                raise ValueError("gives losses of shape []; give one for each example, not their mean")
-        except ValueError as error:
-            what = f"the loss of {type(self.algorithm).__name__} {error}"
-            raise ConfigError("algorithm", what, "fix the file; docs/own_algorithms.md has an example") from error
-        return out
+        return loss_of(self.algorithm, scored)
 
     def _check_start(self, scored: Scored) -> None:
         """Check that policy and reference, which are the same model before the first step, give equal log-probs."""
@@ -557,7 +550,7 @@ class Loop:
     def _save(self, metrics: MetricsLog, wait: bool = True) -> None:
         """Write a checkpoint, in the background if that is enabled and `wait` is False."""
         self._wait_for_checkpoint()
-        step, best, algorithm = self.state.step, self.state.best_step, self.algorithm.state_tensors()
+        step, best, algorithm = self.state.step, self.state.best_step, state_of(self.algorithm)
         log_state = {"metrics_offset": metrics.offset(), "metrics_sha256": metrics.sha256()}
         contents: dict[str, Any] = {
             "write_model": self.write_model(),
