@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,6 +119,30 @@ def test_a_mistyped_command_ends_with_code_2() -> None:
     )
     assert done.returncode == 2
     assert 'did you mean "train"' in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("when", "code"),
+    [("Run.make_loop", 130), ("Run._evaluate_in_training", 130), ("Run._samples", 130), ("join_samples", 4)],
+)
+def test_a_signal_outside_the_loop_is_answered_by_a_sentence_and_the_same_command_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    when: str,
+    code: int,
+    number: signal.Signals,
+) -> None:
+    command = ["train", _config(tmp_path), "train.max_steps=1", "--quiet"]
+    handler = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"penchant.runs.{when}", lambda *_: os.kill(os.getpid(), number))
+        assert main(command) == code
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("penchant: ") and ("a checkpoint" in said) == (code == 4)
+    assert signal.getsignal(number) == handler
+    assert main(command) == 0
 
 
 @pytest.mark.parametrize(

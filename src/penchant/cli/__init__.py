@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from penchant import __version__
 from penchant.base.machine import gpu_visible
+from penchant.base.signals import interrupted_by
 from penchant.base.text import Shown, did_you_mean, unescaped
 from penchant.requests import HUMANS
 
@@ -122,8 +123,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. A user's mistake prints one paragraph on stderr, never a traceback."""
+    # a process of several leaves SIGTERM to torch: it may be waiting for another one, and would not hear it before that one answers
+    signals = () if "TORCHELASTIC_ERROR_FILE" in os.environ else ("SIGTERM",)
     with _printable_output():
-        return _run(argv)
+        try:
+            with interrupted_by(*signals):
+                return _run(argv)
+        except KeyboardInterrupt:
+            print("penchant: interrupted", file=sys.stderr)
+            return 130
 
 
 @contextmanager
@@ -180,9 +188,6 @@ def _run(argv: Sequence[str] | None) -> int:
                     stream.leaves = not stream.isatty()
         with no_exit(), apply_bounds(args), options_in_errors(getattr(args, "parser", None)):
             return int(args.handler(args) or 0)
-    except KeyboardInterrupt:
-        print("penchant: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # from a command that only prints
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

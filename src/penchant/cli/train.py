@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from penchant.base.machine import cores
@@ -28,6 +29,8 @@ def _train(args: argparse.Namespace) -> int:
     from penchant import api
     from penchant.runfolder.read import read_folder
     from penchant.runfolder.values import count_unchanged
+    from penchant.training.checkpoint import latest_checkpoint
+    from penchant.training.loop import Interrupted
 
     config = api.as_config(args.config, [*args.overrides, *launch_settings(args)])
     if started_by_torchrun():
@@ -58,7 +61,13 @@ def _train(args: argparse.Namespace) -> int:
     elif config.launch.processes not in ("auto", 1):
         return _launch(args, config)
     else:
-        result = api.train(config, quiet=args.quiet)
+        try:
+            result = api.train(config, quiet=args.quiet)
+        except KeyboardInterrupt:
+            if (path := latest_checkpoint(Path(config.output))[0]) is None:
+                raise
+            what = f"interrupted; a checkpoint of {path.name.replace('-', ' ')} was written"
+            raise Interrupted(config.output, what, "run the same command to continue") from None
     for name, metrics in (("before", result.before), ("after", result.after)):
         if metrics:
             print(f"{name:>6}: {_held_out_summary(metrics)}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from penchant.base.signals import interrupted_by
 from penchant.base.text import clean, closest, unescaped
 from penchant.errors import CheckpointError, ConfigError
 from penchant.runfolder import damage_notes
@@ -146,7 +146,7 @@ def _print(watched: Watch, console: Console) -> int:
 def _follow(watched: Watch, console: Console, interval: float) -> int:
     try:
         with (
-            _interrupt_on_signals(),
+            interrupted_by("SIGTERM", "SIGHUP"),  # so that the terminal is restored
             _key_reader() as read_key,
             Live(console=console, screen=True, auto_refresh=False) as live,
         ):
@@ -207,17 +207,3 @@ def _wait_without_keys(seconds: float) -> str:
     return ""
 
 
-@contextmanager
-def _interrupt_on_signals() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP end the program as Ctrl-C does, so that the terminal is restored."""
-
-    def interrupt(number: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGHUP") if hasattr(signal, n)]
-    previous_handlers = {n: signal.signal(n, interrupt) for n in numbers}
-    try:
-        yield
-    finally:
-        for n, handler in previous_handlers.items():
-            signal.signal(n, handler)
