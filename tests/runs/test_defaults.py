@@ -81,6 +81,9 @@ def test_values_that_were_hardly_meant_are_said(base: dict[str, Any]) -> None:
     assert "low for an adapter" in low and "5e-05" in low
     (many,) = said("train.batch_size=9")
     assert "batch_size is 9" in many and "8 rows" in many
+    (kind,) = said("train.batch_size=8", "loss=simpo", "reference.kind=frozen")
+    assert "reference.kind" in kind and "simpo needs no reference" in kind
+    assert said("train.batch_size=8", "loss=ipo", "reference.kind=frozen") == []
 
 
 def test_a_longer_run_is_told_how_to_go_on(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from parameters import by_default, one_of_each_kind
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant import api, runfolder
+from penchant.base.section import recorded
 from penchant.config import config_from_mapping, dump_config, load_config
 from penchant.errors import ConfigError, DataError, TrainingStopped
 from penchant.losses import LOSSES
@@ -303,6 +304,12 @@ def test_a_divergence_ceiling_stops_too(base: dict[str, Any]) -> None:
         ({"loss": {"mix": [{"name": "dpo", "weight": -1}]}}, "at least 0"),
         ({"loss": {"mix": [{"name": "dpo"}], "beta": 0.1}}, "beside mix"),
         ({"loss": {"name": "pmpo"}, "reference": {"kind": "cached"}}, "a cache does not hold"),
+        ({"loss": {"name": "f_dpo", "alpha": 0.3}}, "alpha has no effect.* set divergence"),
+        ({"loss": {"name": "f_dpo", "alpha": {"from": 0.3, "to": 0.5}}}, "alpha has no effect"),
+        ({"loss": {"name": "pmpo", "renyi_alpha": 2.0}}, "renyi_alpha has no effect"),
+        ({"loss": {"name": "pmpo", "weighting": "unit", "alpha": 0.9}}, "alpha has no effect"),
+        ({"loss": {"name": "pmpo", "divergence": "js", "direction": "policy_ref"}}, "direction has no effect"),
+        ({"train": {"schedule": "constant", "min_lr_fraction": 0.1}}, "min_lr_fraction has no effect"),
         ({"loss": {"name": "simpo"}, "reference": {"ema": 0.9}}, "has no reference that could move"),
         ({"reference": {"ema": 0.9, "sync_every": 3}}, "both set"),
         ({"reference": {"ema": 0.9, "kind": "cached"}}, "cannot follow the policy"),
@@ -312,6 +319,16 @@ def test_a_divergence_ceiling_stops_too(base: dict[str, Any]) -> None:
 def test_mistakes_are_answered_with_a_sentence(base: dict[str, Any], change: dict[str, Any], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         api.train({**base, **change}, quiet=True)
+
+
+@pytest.mark.parametrize(
+    "section", [{"loss": {"name": "f_dpo", "alpha": 0.3}}, {"train": {"schedule": "constant", "min_lr_fraction": 0.1}}]
+)
+def test_a_key_without_effect_in_the_recorded_config_of_a_run_is_accepted(
+    base: dict[str, Any], section: dict[str, Any]
+) -> None:
+    with recorded():
+        config_from_mapping({**base, **section})
 
 
 def test_another_loss_on_the_command_line_starts_from_its_own_defaults(base: dict[str, Any], tmp_path: Path) -> None:

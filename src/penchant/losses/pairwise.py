@@ -401,7 +401,17 @@ def cal_dpo(
     return pair_output(losses, beta * chosen, beta * rejected)
 
 
-@loss("f_dpo", "-log sigmoid(beta f'(u_w) - beta f'(u_l)),  u = e^d", paper="2309.16240", equal=LOG2)
+def _idle_of_f_dpo(divergence: str, **_: Any) -> dict[str, str]:
+    return {} if divergence == "alpha" else {"alpha": f"on {divergence}; set divergence: alpha, or leave {{}} out"}
+
+
+@loss(
+    "f_dpo",
+    "-log sigmoid(beta f'(u_w) - beta f'(u_l)),  u = e^d",
+    paper="2309.16240",
+    equal=LOG2,
+    idle=_idle_of_f_dpo,
+)
 def f_dpo(
     logps: PairLogps,
     *,

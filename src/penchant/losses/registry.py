@@ -8,15 +8,16 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, Field, create_model
+from pydantic import ConfigDict, Field, create_model, model_validator
 
-from penchant.base.section import Section
+from penchant.base.section import Section, refuse_idle
 from penchant.losses.schedules import Schedule
 from penchant.types import LossOutput
 
 Signal = Literal["tokens", "pairs", "unpaired", "lists"]
 INPUTS = {"pairs": "PairLogps", "lists": "ListLogps"}  # a loss's input by signal; else UnpairedLogps
 Function = TypeVar("Function", bound=Callable[..., LossOutput])
+Idle = Callable[..., Mapping[str, str]]  # keys without effect under these hyperparameters, each with a reason
 
 # what a loss may need beyond policy log-probs and lengths, and its description
 NEEDS: Mapping[str, str] = {
@@ -40,6 +41,12 @@ class LossParams(Section):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", populate_by_name=True)
 
     argument_names: ClassVar[tuple[str, ...]] = ()  # the keyword-only arguments of the loss function
+    idle: ClassVar[Idle] = staticmethod(lambda **_: {})  # of those arguments, see `loss`
+
+    @model_validator(mode="after")
+    def _check_idle(self) -> LossParams:
+        refuse_idle(self, type(self).idle(**self.arguments()))
+        return self
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of the loss function."""
@@ -126,6 +133,7 @@ def loss(
     uses_lengths: bool = False,
     lr: tuple[float, float] = (5e-6, 5e-5),
     params: type[LossParams] = LossParams,
+    idle: Idle | None = None,
 ) -> Callable[[Function], Function]:
     """Register a pure function as a loss.
 
@@ -137,6 +145,7 @@ def loss(
         name, formula, paper, signal, needs, uses_lengths, lr: see `LossSpec`.
         equal: the loss when policy and reference are equal: a number, or a function of the hyperparameters.
         params: a base class with settings that are not arguments of the function (DPO-Shift's schedule).
+        idle: which hyperparameters have no effect beside the others, and why, as in `refuse_idle`.
 
     Raises:
         ValueError: another loss has the name, or a hyperparameter has no default or a type that a config cannot express.
@@ -148,6 +157,8 @@ def loss(
             raise ValueError(f"there is a loss called {name} already; choose another name")
         equal_policy_loss = equal if callable(equal) or equal is None else lambda **_: equal
         fn_params = params_of(fn, params)
+        if idle is not None:
+            fn_params.idle = staticmethod(idle)
         spec = LossSpec(
             name, signal, frozenset(needs), fn, fn_params, formula, paper, equal_policy_loss, uses_lengths, lr
         )

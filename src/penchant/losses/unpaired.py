@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from penchant.base.lazy import Tensor, torch
 from penchant.losses.helpers import Metrics, logistic, require, require_vectors, side_metrics
@@ -72,6 +72,15 @@ def bco(logps: UnpairedLogps, *, beta: Beta = 0.1) -> LossOutput:
     return LossOutput(losses, metrics=side_metrics(rewards, labels))
 
 
+def _idle_of_pmpo(weighting: str, divergence: str, **_: Any) -> dict[str, str]:
+    idle = {} if weighting == "alpha" else {"alpha": "with unit weights; set weighting: alpha, or leave {} out"}
+    if divergence == "js":
+        idle["direction"] = "on js, which has none; leave {} out"
+    if divergence != "renyi":
+        idle["renyi_alpha"] = f"on {divergence}; set divergence: renyi, or leave {{}} out"
+    return idle
+
+
 @loss(
     "pmpo",
     "-alpha E+[log pi] + (1-alpha) E-[log pi] + beta D,  D = KL(ref || pi), KL(pi || ref), JS or Renyi over the vocabulary",
@@ -79,6 +88,7 @@ def bco(logps: UnpairedLogps, *, beta: Beta = 0.1) -> LossOutput:
     signal="unpaired",
     needs=("reference", "labels", "divergence"),
     uses_lengths=True,
+    idle=_idle_of_pmpo,
 )
 def pmpo(
     logps: UnpairedLogps,

@@ -392,6 +392,10 @@ def remarks(config: RunConfig, rows: Rows) -> list[str]:
             notes.append(
                 f"the adapter of {config.model.adapter} was trained on {trained_base}: here it is on {config.model.path}"
             )
+    if config.reference.kind != "auto" and "reference" not in config.method.needs:
+        notes.append(
+            f"reference.kind is {config.reference.kind}, which has no effect: {config.method.name} needs no reference"
+        )
     if config.train.batch_size > count:
         notes.append(
             f"train.batch_size is {config.train.batch_size:,}, and there are {counted(count, 'row')} to train on: every step "

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from penchant.base.section import Section
+from penchant.base.section import Section, refuse_idle
 
 Every = Annotated[int, Field(ge=1, le=10**9)] | Literal["epoch"] | None  # interval in optimizer steps
 
@@ -76,6 +76,13 @@ class TrainConfig(Section):
     def _normalize_aliases(cls, value: bool | str) -> bool | str:
         """Map ``off`` and ``layers`` to False and True, the values that run folders store."""
         return {"off": False, "layers": True}.get(value, value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _check_floor(self) -> TrainConfig:
+        if self.schedule == "constant":
+            reason = "with a constant schedule; set schedule: cosine or linear, or leave {} out"
+            refuse_idle(self, {"min_lr_fraction": reason})
+        return self
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> TrainConfig:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -205,5 +204,3 @@ def _key_reader() -> Iterator[Callable[[float], str]]:
 def _wait_without_keys(seconds: float) -> str:
     time.sleep(seconds)
     return ""
-
-
