@@ -73,6 +73,13 @@ def test_half_a_line_waits_and_a_log_that_was_cut_back_is_read_again(tmp_path: P
     assert unsent(lines, {"train": 1}) == [Line("train", 2, {}), Line("eval", 2, {})]
 
 
+def test_a_line_that_no_run_wrote_is_left_out(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": 1.0}, {"kind": ["train"], "step": 1}, {"kind": "train", "step": True, "loss": 2.0}]
+    rows += [{"kind": "train", "step": 2, "loss": 10**400, "lr": 0.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert Tail(tmp_path).new() == [Line("train", 2, {"train/lr": 0.5})]
+
+
 def test_every_line_arrives_once_and_a_continued_run_is_the_same_run(tmp_path: Path) -> None:
     run, said = make_run(tmp_path / "run", done=3), list[str]()
     mirrors = _mirrors(run, "Records", said)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from penchant.base.files import write_atomically
 from penchant.runfolder import METRICS, PERF
 from penchant.runfolder import read as runfolder
+from penchant.runfolder.values import number_of
 
 # ---- The protocol: three calls, made in a separate process so that errors and delays never reach training ----
 
@@ -167,7 +167,7 @@ def to_line(row: Mapping[str, Any], kind: str | None = None) -> Line:
     """
     kind = kind or str(row["kind"])
     values = {
-        label: float(value)
+        label: value
         for name, raw_value in row.items()
         if name not in NON_METRICS
         for label, value in _flatten(f"{kind}/{name.removeprefix(f'{kind}/')}", raw_value)
@@ -177,8 +177,9 @@ def to_line(row: Mapping[str, Any], kind: str | None = None) -> Line:
 
 def _flatten(name: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, (bool, int, float)):
-        if math.isfinite(value):
-            yield name, value
+        number = number_of(value + 0)  # a bool as 0 or 1
+        if number is not None:
+            yield name, number
     elif isinstance(value, Sequence) and not isinstance(value, str) and name.endswith("/ci") and len(value) == 2:
         for end, bound in zip(("low", "high"), value, strict=True):
             yield from _flatten(f"{name}_{end}", bound)
@@ -193,10 +194,15 @@ class Tail:
     def new(self) -> list[Line]:
         """Return new lines ordered by step; within a step in the order they are written: train, its speed, eval.
 
-        If a log was truncated, all of its lines are returned again, since a resumed run writes the same ones.
+        If a log was truncated, all of its lines are returned again, since a resumed run writes the same ones. Lines that no run wrote
+        are left out.
         """
         rows = [(row, kind) for log, kind in self._logs for row in log.read()[1]]
-        lines = [to_line(row, kind) for row, kind in rows if isinstance(row.get("step"), int)]
+        lines = [
+            to_line(row, kind)
+            for row, kind in rows
+            if type(row.get("step")) is int and isinstance(kind or row.get("kind"), str)
+        ]
         return sorted(lines, key=lambda line: (line.step, line.kind == "eval"))
 
 
