@@ -46,7 +46,7 @@ def cost(data: ReportData) -> Element | None:
     if total and peaks:
         total += f", at most {max(peaks):.2f} GB"
     head: list[Node] = ["run", "wall time", "in steps", "tokens/s", "rows/s", "peak memory"]
-    caption = "Wall time is of the last start of the run; speeds are medians over steps; memory is the process\u2019s"
+    caption = "Wall time is over all starts of the run; speeds are medians over steps; memory is the process\u2019s"
     table = panel(head, rows, numeric=range(1, 6), caption=caption)
     return el("div", el("p", total) if total else None, table)
 
