@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from report_folders import evaluation, make_comparison, make_run, make_sweep, wr
 
 from penchant.errors import CheckpointError
 from penchant.report.data import letter, read_report, without_seed
+from penchant.runfolder import RunLock
 from penchant.runfolder.read import may_be_running, read_lines
 from penchant.runfolder.values import ci_of, flatten, num
 
@@ -103,8 +103,10 @@ def test_values_that_are_no_numbers_are_none() -> None:
 def test_a_running_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", status="running")
     assert may_be_running(run) and read_report([run], 0.0).is_running
-    (run / ".lock").write_text(f"PID {os.getpid()} on {socket.gethostname()}\n")
-    assert read_report([run], 0.0).is_running
+    with RunLock(run):
+        assert read_report([run], 0.0).is_running
+    if Path("/proc/locks").exists():  # another process now has the run's PID
+        assert not read_report([run], 0.0).is_running
     (run / ".lock").write_text(f"PID 999999999 on {socket.gethostname()}\n")
     data = read_report([run], 0.0)
     assert not data.is_running and data.runs[0].status == "killed"

@@ -323,9 +323,8 @@ def lock_holder(folder: Path) -> tuple[int, str] | None:
 
 
 def may_be_running(folder: Path) -> bool:
-    """Whether the process that last held a folder may still exist; False only if it is known to be gone."""
-    holder = lock_holder(folder)
-    return holder is None or holder[1] != socket.gethostname() or _process_exists(holder[0])
+    """Whether a process may be using a folder; False only if its last holder is known and holds it no longer."""
+    return lock_holder(folder) is None or lock_state(folder) != "free"
 
 
 def lock_state(folder: Path, locks: Path = LOCKS) -> LockState:
