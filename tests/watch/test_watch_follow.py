@@ -102,7 +102,7 @@ def test_whatever_happens_to_the_file_the_rows_are_its_rows(tmp_path: Path) -> N
         assert known == [json.loads(x) for x in there.split(b"\n")[:-1]]
 
 
-def test_a_small_file_is_parsed_when_it_changes_and_kept_when_it_breaks(tmp_path: Path) -> None:
+def test_a_small_file_is_parsed_when_it_changes_and_kept_while_it_is_broken(tmp_path: Path) -> None:
     calls: list[str] = []
     path = tmp_path / "a.json"
     whole = CachedFile(path, lambda text: (calls.append(text), json_object(text))[1], {})
@@ -113,7 +113,9 @@ def test_a_small_file_is_parsed_when_it_changes_and_kept_when_it_breaks(tmp_path
         path.write_text(broken)
         assert whole.read() == {"a": 1}
     path.unlink()
-    assert whole.read() == {"a": 1}
+    assert whole.read() == {}
+    path.write_text('{"b": 2}')
+    assert whole.read() == {"b": 2}
 
 
 # ---- the lock -------------------------------------------------------------------------------------------------------

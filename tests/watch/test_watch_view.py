@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -360,6 +361,28 @@ def test_pipelines_folders_and_several_runs(tmp_path: Path) -> None:
         view.refresh()
         assert isinstance(view, GroupView) and [m.view.name for m in view.members] == names
         assert "finished" in text(view)
+
+
+def test_a_stopped_run_among_several_is_seen_when_it_goes_on(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        make_run(tmp_path / name, 8, status="stopped", why="the loss is not a number", total_steps=20)
+    view = open_view([tmp_path])
+    view.refresh()
+    assert isinstance(view, GroupView) and [m.state for m in view.members] == ["stopped", "stopped"]
+    make_run(tmp_path / "one", 20, status="finished", total_steps=20)  # resumed
+    view.refresh()
+    assert [(m.state, m.view.step) for m in view.members] == [("finished", 20), ("stopped", 8)]
+
+
+def test_a_run_that_was_deleted_and_begins_anew_is_not_the_old_one(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 20, status="finished", total_steps=20)
+    view = seen(run)
+    assert view.state == "finished"
+    shutil.rmtree(run)
+    with RunLock(run):
+        (run / "identity.json").write_text("{}")
+        view.refresh()
+        assert view.state == "preparing" and view.total is None
 
 
 def test_a_pipeline_shows_the_stages_to_come_and_what_an_interrupted_one_is(tmp_path: Path) -> None:

@@ -263,11 +263,12 @@ class CachedFile(Generic[T]):
 
     Args:
         parse: parses its text; raises ValueError if the text is invalid.
+        empty: the value if there is no such file. A run replaces its files atomically, so a file that is gone was deleted.
     """
 
     def __init__(self, path: Path, parse: Callable[[str], T], empty: T) -> None:
         self.path = path
-        self._value, self._parse = empty, parse
+        self._value, self._empty, self._parse = empty, empty, parse
         self._stat: tuple[int, int, int] | None = None
 
     def read(self) -> T:
@@ -277,6 +278,8 @@ class CachedFile(Generic[T]):
             if seen != self._stat and stat.st_size <= LARGEST:
                 self._stat = seen
                 self._value = self._parse(self.path.read_text(encoding="utf-8", errors="replace"))
+        except FileNotFoundError:
+            self._value, self._stat = self._empty, None
         except (OSError, ValueError, RecursionError):
             pass
         return self._value

@@ -352,14 +352,14 @@ class GroupView:
         return name if isinstance(name, str) else None
 
     def refresh(self) -> None:
-        """Read what is new in every run that has not ended."""
+        """Read what is new in every run that has not ended by its record; a stopped run without one may be resumed."""
         if self._file is not None:
             self.record = self._file.read()
         members = []
         for name, folder, record in self._member_folders():
             view = self._views.setdefault(folder, RunView(folder, name))
             member = Member(view, record)
-            if not (member.ended and view.last):  # a run that has ended is read only once
+            if not (record.get("state") in ENDED and view.last):  # a run that has ended is read only once
                 view.refresh()
             members.append(member)
         self.members = members
