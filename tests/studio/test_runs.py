@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from starlette.testclient import TestClient
 from penchant.config import load_config
 from penchant.config.page import parts
 from penchant.errors import CheckpointError, ConfigError
+from penchant.report import write_report
 from penchant.runfolder import CONSOLE, RunLock
 from penchant.studio import launch, shelf
 from penchant.studio.app import Studio
@@ -134,6 +136,15 @@ def test_a_report_is_a_sandbox_of_its_own(client: TestClient, folder: Path) -> N
     (folder / "first" / "report.html").unlink()
     assert "Penchant report" in client.get("/runs/report?path=first").text  # built from the current files
     assert not (folder / "first" / "report.html").exists()
+
+
+def test_the_report_of_a_killed_run_does_not_say_that_it_goes_on(client: TestClient, folder: Path) -> None:
+    run = make_run(folder / "killed", 8, status="running")
+    with RunLock(run):
+        kept = write_report(run).read_text()
+        assert "still running" in kept and client.get("/runs/report?path=killed").text == kept
+    (run / ".lock").write_text(f"PID 999999999 on {socket.gethostname()}\n")
+    assert "still running" not in client.get("/runs/report?path=killed").text
 
 
 def test_texts_of_models_are_inert(client: TestClient, folder: Path) -> None:

@@ -36,6 +36,7 @@ from penchant.report.winrates import compared_figures, win_rates
 from penchant.runfolder.values import mapping, num, text
 
 RELOAD_SECONDS = 30
+STATE = '<script type="application/json" id="state">'  # followed by what the script is told
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,13 @@ def render(data: ReportData, *, strict: bool = False) -> str:
     )
     state = {"running": data.is_running, "written": round(data.now), "every": RELOAD_SECONDS}
     refresh = f'<noscript><meta http-equiv="refresh" content="{2 * RELOAD_SECONDS}"></noscript>'
-    script = (
-        f'<script type="application/json" id="state">{json_html(state)}</script>\n<script>{asset("page.js")}</script>'
-    )
+    script = f"{STATE}{json_html(state)}</script>\n<script>{asset('page.js')}</script>"
     return document(f"{data.title} \u00b7 Penchant report", f"{body}\n{script}\n", refresh if data.is_running else "")
+
+
+def says_running(page: str) -> bool:
+    """Whether a page that `render` made says that its run is still running, and reloads itself."""
+    return STATE + json_html({"running": True})[:-1] in page
 
 
 def _render_guarded(make: Callable[[ReportData], Node], data: ReportData, strict: bool) -> Node:

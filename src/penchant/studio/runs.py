@@ -22,7 +22,7 @@ from penchant.base.text import gigabytes
 from penchant.errors import ConfigError, PenchantError
 from penchant.metrics.names import metric
 from penchant.report.data import read_report
-from penchant.report.page import render
+from penchant.report.page import render, says_running
 from penchant.report.svg import duration, number
 from penchant.runfolder import CONFIG, REPORT, SAMPLES, SAMPLES_BEFORE
 from penchant.runfolder.read import lock_state, read_folder, read_text
@@ -192,7 +192,7 @@ class Runs:
         return self.studio.page(request, "samples.html", samples=samples, of=len(view.samples))
 
     async def report(self, request: Request) -> Response:
-        """Return a folder's report: the existing one, or one rendered from its current files."""
+        """Return a folder's report: the existing one if what it says of the state still holds, or one rendered from its current files."""
         folder = self.studio.resolve(request.query_params.get("path", "."))
         page = await run_in_threadpool(self._report, folder)
         return HTMLResponse(page, headers={"content-security-policy": REPORT_POLICY})
@@ -200,7 +200,10 @@ class Runs:
     def _report(self, folder: Path) -> str:
         file = folder / REPORT
         if file.is_file() and file.resolve().is_relative_to(self.studio.folder) and file.stat().st_size < REPORT_BYTES:
-            return file.read_text(encoding="utf-8", errors="replace")
+            page = file.read_text(encoding="utf-8", errors="replace")
+            # the process of a killed run cannot write that it has ended
+            if not says_running(page) or read_report([folder], time()).is_running:
+                return page
         return render(read_report([folder], time()))
 
     # ---- start, stop, resume -----------------------------------------------------------------------------------------
