@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +117,17 @@ def test_completions_are_searched_filtered_and_ordered(browser: Browser, tmp_pat
     assert browser.run(columns) == 2
     choose(browser, "right", "all")
     assert browser.run(columns) == 3
+
+
+def test_a_large_gain_keeps_its_zeros(browser: Browser, tmp_path: Path) -> None:
+    folder = make_comparison(tmp_path / "c", prompts=30)
+    rows = [json.loads(line) for line in (folder / "comparison.jsonl").read_text().splitlines()]
+    for completion in (c for row in rows for c in row["completions"].values()):
+        completion["reward"] *= 100
+    (folder / "comparison.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser.open(page(tmp_path, folder))
+    gains = browser.run("[...new Set([...document.querySelectorAll('.diff')].map((e) => e.textContent))]")
+    assert set(gains) == {"+300", "\u2212200"}
 
 
 def test_it_works_from_the_keyboard(browser: Browser, tmp_path: Path) -> None:

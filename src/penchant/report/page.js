@@ -90,7 +90,7 @@
     filters = Object.fromEntries($("[data-f]", shelf).map((e) => [e.dataset.f, e]));
     const value = (name) => (filters[name] ? filters[name].value : "");
     shelf.querySelector(".controls").hidden = false;
-    const tone = (x) => (x > 0 ? "+" : x < 0 ? "\u2212" : "") + Math.abs(x).toPrecision(3).replace(/\.?0+$/, "");
+    const tone = (x) => (x > 0 ? "+" : x < 0 ? "\u2212" : "") + Number(Math.abs(x).toPrecision(3));
     const fits = (card, left, right, thirds) => {
       const want = value("won"), size = value("length");
       if (want) {
