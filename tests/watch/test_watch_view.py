@@ -19,7 +19,7 @@ from penchant.base.text import clean
 from penchant.runfolder import RunLock
 from penchant.studio.shelf import Shelf
 from penchant.watch.plot import ASCII
-from penchant.watch.screens import Size, group_frame, run_frame, with_interval
+from penchant.watch.screens import Size, format_change, format_figure, group_frame, run_frame, with_interval
 from penchant.watch.views import GroupView, RunView, number, open_view, step_count
 
 SIZES = [(80, 24), (80, 23), (120, 40), (40, 12), (200, 70), (20, 3), (60, 1)]
@@ -72,6 +72,10 @@ def test_a_change_has_the_digits_of_its_figures(tmp_path: Path) -> None:
     rows = [{"kind": "eval", "step": step, "eval/kl/k3": kl} for step, kl in ((0, 1e-5), (8, 4e-5))]
     (folder / "metrics.jsonl").write_text(lines(rows))
     assert re.search(r"KL, nats +1.00e-05  4.00e-05  \+3.00e-05", text(seen(folder)))
+
+
+def test_a_zero_has_no_sign() -> None:
+    assert format_figure(-0.0) == format_figure(0.0) and format_change(-0.0) == format_change(0.0)
 
 
 def test_a_resumed_run_goes_back_and_its_old_steps_are_gone(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def format_figure(value: float | None) -> str:
     size = abs(value)
     if size >= 1e6 or 0 < size < 1e-3:
         return f"{value:.2e}"
-    return f"{value:,.{4 if size < 10 else 2 if size < 1000 else 0}f}"
+    return f"{value + 0.0:,.{4 if size < 10 else 2 if size < 1000 else 0}f}"  # + 0.0: a negative zero loses its sign
 
 
 def format_change(change: float) -> str:
