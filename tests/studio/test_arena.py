@@ -669,6 +669,15 @@ def test_half_characters_and_odd_names_do_not_break_a_page(studio: Any, tmp_path
     assert ada.get(f"/arena/{'a' * 5000}").status_code == 404
 
 
+@pytest.mark.parametrize("reasons", [5, "abc", {"a": 1}, None])
+def test_reasons_that_are_no_list_are_none(tmp_path: Path, reasons: Any) -> None:
+    folder = tmp_path / pairs.ARENAS / "x"
+    folder.mkdir(parents=True)
+    (folder / pairs.ARENA).write_text(json.dumps({"reasons": reasons, "overlap": 0.5}))
+    (arena,) = pairs.arenas(tmp_path)
+    assert arena.settings.reasons == () and arena.settings.overlap == 0.5
+
+
 def test_an_arena_that_was_made_anew_has_its_own_results(studio: Any, tmp_path: Path) -> None:
     ada = Person(studio, "ada")
     for models in (("dpo", "start"), ("kto", "start")):

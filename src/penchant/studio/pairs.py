@@ -32,7 +32,7 @@ from penchant.runfolder.read import (
     read_text,
     start_names,
 )
-from penchant.runfolder.values import mapping
+from penchant.runfolder.values import mapping, sequence
 
 ARENAS, ARENA, PAIRS, WRITTEN = "arenas", "arena.json", "pairs.jsonl", "written.jsonl"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,59}")
@@ -124,7 +124,7 @@ class Arena:
             value = values.get(name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
                 values.pop(name, None)
-        values["reasons"] = tuple(str(r) for r in values.get("reasons") or ())
+        values["reasons"] = tuple(str(r) for r in sequence(values.get("reasons")))
         values["seed"] = values["seed"] if isinstance(values.get("seed"), int) else 0
         for name in ("models", "writers"):
             values[name] = {k: mapping(v) for k, v in mapping(values.get(name)).items()}
