@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 from pathlib import Path
 
@@ -105,6 +106,9 @@ def test_a_running_run_whose_process_is_gone_was_killed(tmp_path: Path) -> None:
     assert may_be_running(run) and read_report([run], 0.0).is_running
     with RunLock(run):
         assert read_report([run], 0.0).is_running
+    (run / ".lock").write_text(f"PID {os.getpid()} on {socket.gethostname()}\n")
+    assert may_be_running(run)  # a run sees itself even if the kernel's list of locks lacks its own
+    (run / ".lock").write_text(f"PID {os.getppid()} on {socket.gethostname()}\n")
     if Path("/proc/locks").exists():  # another process now has the run's PID
         assert not read_report([run], 0.0).is_running
     (run / ".lock").write_text(f"PID 999999999 on {socket.gethostname()}\n")
