@@ -1,15 +1,17 @@
 """DPO of SmolLM2-135M with one process and with several on one CPU, one thread each: step time, and memory of each process.
 
-    python benchmarks/scaling.py                                 # one process, two processes: three steps of 8 pairs each
-    python benchmarks/scaling.py --model FOLDER --steps 5        # a folder that prepare_smollm2.py made
+    python benchmarks/scaling.py                                 # one process, two processes: five steps of 16 pairs each
+    python benchmarks/scaling.py --model FOLDER                  # a folder that prepare_smollm2.py made
+    python benchmarks/scaling.py --pairs 8 --tokens-per-step 512 --checkpointing off     # small passes, where sharding costs most
     python benchmarks/scaling.py --kernels                       # also one process with the fast kernels (unavailable for several)
     python benchmarks/scaling.py --beside                        # also the same number of independent single-process runs at once
     python benchmarks/scaling.py --sending                       # only the cost of exchanging a layer between two processes
 
-Efficiency is ``T_1 / (n T_n)`` of the median step after the first, both with transformers' own layers. Memory is a process's peak
-resident size (VmHWM), including loading. Targets for two processes: an efficiency of 0.85, and at most 0.65 of a single process's memory
-in each. The machine must be quiet and have a core for each process. A step has the same rows for any number of processes. Independent
-runs communicate nothing, so their slowdown (``T_1 / T``) shows contention for memory bandwidth, caches and clock speed.
+Efficiency is ``T_1 / (n T_n)`` of the median step after the first, both with transformers' own layers. The first steps are slower,
+because their memory is new to the process. Memory is a process's peak resident size (VmHWM), including loading. Targets for two
+processes: an efficiency of 0.85, and at most 0.65 of a single process's memory in each. The machine must be quiet and have a core for
+each process. A step has the same rows for any number of processes. Independent runs communicate nothing, so their slowdown (``T_1 / T``)
+shows contention for memory bandwidth, caches and clock speed.
 """
 
 from __future__ import annotations
@@ -164,12 +166,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder (default: made by prepare_smollm2.py)")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--tokens-per-step", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--checkpointing", choices=["off", "layers"], default="off")
+    parser.add_argument("--checkpointing", choices=["off", "layers"], default="layers")
     parser.add_argument(
         "--beside", action="store_true", help="also time as many independent single-process runs at once"
     )

@@ -205,8 +205,13 @@ class ReduceScatter(Transport):
 def _make_room(size: int) -> None:
     """Return freed memory (mostly activations) from the heap to the system if `size` more bytes would raise the peak memory."""
     if resident() + size > peak_memory():
-        with suppress(AttributeError):  # only glibc has it
-            ctypes.CDLL(None).malloc_trim(0)
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Return freed memory from the heap to the system."""
+    with suppress(AttributeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _add(terms: Sequence[Tensor], total: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from penchant.distributed.exchange import Exchange, Gather, ReduceScatter
+from penchant.distributed.exchange import Exchange, Gather, ReduceScatter, trim_heap
 from penchant.distributed.world import World
 
 # methods of a `Scorer` or `RewardScorer` that run the model: inside them, the parameters that no layer owns are whole
@@ -24,17 +24,26 @@ class Root(nn.Module):
 
     Args:
         model: a transformers or peft model; reshards: whether its layers free their gathered weights after their forward pass.
-        beside: modules that are computed from its hidden states (a value head).
+        beside: modules that are computed from its hidden states (a value head); trims: whether freed memory goes back to the
+            system before and after a forward pass that a backward pass follows. A layer's activations take part of the space
+            that its gathered weights leave, so the next layer's weights need new space, and the heap is full of gaps.
     """
 
-    def __init__(self, model: nn.Module, reshards: bool, beside: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, reshards: bool, beside: Sequence[nn.Module] = (), trims: bool = False
+    ) -> None:
         super().__init__()
-        self.model, self.reshards, self.beside = model, reshards, nn.ModuleList(beside)
+        self.model, self.reshards, self.beside, self.trims = model, reshards, nn.ModuleList(beside), trims
         vars(model)[_ROOT] = self  # not registered as a submodule
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `run`, e.g. for the log-probs of a packed batch, rewards or hidden states."""
-        return run(*args, **kwargs)
+        if not (self.trims and torch.is_grad_enabled()):
+            return run(*args, **kwargs)
+        trim_heap()
+        output = run(*args, **kwargs)
+        trim_heap()
+        return output
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,7 @@ class Sharding:
         for layer in layers_of(backbone):
             self._cast(layer)
             fully_shard(layer, reshard_after_forward=self.reshard, **options)
-        root = Root(model, self.reshard, beside)
+        root = Root(model, self.reshard, beside, trims=self.device.type == "cpu")
         add_rows_alone(model)
         self._cast(root)
         fully_shard(root, reshard_after_forward=False, **options)
