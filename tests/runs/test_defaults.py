@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import polite_rows, tiny_model_folder, write_jsonl
 
 from penchant.base import hub
@@ -17,7 +18,7 @@ from penchant.errors import ConfigError, DataError, ModelError
 from penchant.models.options import check_model_path
 from penchant.runfolder import open_run
 from penchant.runs import Run
-from penchant.runs.parts import peak_lr, remarks
+from penchant.runs.parts import peak_lr, remarks, start_key
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,15 @@ def test_a_longer_run_is_told_how_to_go_on(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="choose another output") as told:
         open_run(folder, "", other)
     assert "to train on" not in str(told.value)
+
+
+@pytest.mark.parametrize(("device", "is_shared"), [("cuda", False), ("cpu", True)])
+def test_runs_share_figures_of_the_start_only_in_one_precision(
+    base: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str, is_shared: bool
+) -> None:
+    monkeypatch.setattr("penchant.runs.parts.placed", lambda _: (torch.device(device), torch.float32))
+    keys = {start_key(made(base, f"train.tf32={value}")) for value in ("false", "true")}
+    assert (len(keys) == 1) == is_shared
 
 
 # ---- misspelled names ----

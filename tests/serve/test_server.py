@@ -263,7 +263,8 @@ CHAT_REFUSED = [
     ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "chat_template_kwargs"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages[0].name"),
+    ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name"),
+    ({"messages": [{"role": "user", "content": "x", "tool_call_id": "1"}]}, "messages[0].tool_call_id"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
     ({"presence_penalty": 3}, "presence_penalty"),
 ]
@@ -306,6 +307,14 @@ def test_values_that_change_nothing_are_taken(client: Any) -> None:
     same = dict(tools=[], tool_choice="none", response_format={"type": "text"}, logit_bias={}, user="me", store=False)
     assert _chat(client, **same, extra_body={"top_k": 0}).choices[0].message.content == plain
     assert _chat(client, extra_body={"top_k": 1}).choices[0].message.content != plain
+
+
+def test_the_name_of_who_speaks_is_ignored_as_in_training_rows(client: Any) -> None:
+    def answer(**extra: str) -> str:
+        turns = [{"role": role, "content": "x", **extra} for role in ("system", "user", "assistant", "user")]
+        return str(_chat(client, messages=turns).choices[0].message.content)
+
+    assert answer(name="Ann") == answer()
 
 
 def test_models(client: Any) -> None:

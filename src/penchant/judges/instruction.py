@@ -30,8 +30,9 @@ PLACEHOLDERS = ("prompt", "answer_a", "answer_b")
 _PLACEHOLDER = re.compile(r"\{(prompt|answer_a|answer_b|mark)\}")
 _THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
 _VERDICT_LINE = re.compile(
-    r"\W*(?:(?:my |the )?(?:final |overall )?(?:verdict|winner|choice|decision|answer)\W+(?:is\W+)?)?"
-    r"(?:(?:answer|response)\W+)?(A|B|(?:a )?tie)(?:\W+(?:is (?:the )?(?:better|best|winner)(?: (?:answer|response|one))?|wins))?\W*",
+    r"\W*(?:(?:my |the )?(?:final |overall |better |best )?(?:verdict|winner|choice|decision|answer|response|option)\W+(?:is\W+)?)?"
+    r"(?:(?:answer|response|option|assistant)\W+)?(A|B|(?:a )?tie)"
+    r"(?:\W+(?:is (?:the )?(?:better|best|winner)(?: (?:answer|response|option|assistant|one))?|wins))?\W*",
     re.IGNORECASE,
 )
 

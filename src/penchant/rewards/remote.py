@@ -51,7 +51,7 @@ DEFAULT_RUBRIC = "Good is what helps the person who wrote the prompt: helpful, c
 HIGHEST = 10.0
 _GRADE = re.compile(
     r"\W*(?:(?:the |my )?(?:final |overall )?(?:grade|score|rating)\W+(?:is\W+)?)?"
-    r"(?<![-\u2212])(\d+(?:\.\d+)?)(?!\s*%)(?:\s*/\s*10)?\W*",
+    r"(?<![-\u2212])(\d+(?:\.\d+)?)(?!\s*%)(?:\s*(?:/|out of)\s*10)?\W*",
     re.I,
 )
 

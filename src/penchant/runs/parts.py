@@ -745,7 +745,8 @@ def start_key(config: RunConfig) -> Key:
     adapter = None if config.lora is None else (config.lora.model_dump_json(), config.train.seed)
     t, (device, dtype) = config.train, placed(config)
     m = config.model
-    settings = (str(device), str(dtype), m.kernels, m.attention, t.packing, t.gradient_checkpointing, t.threads)
+    precision = str(dtype), device.type == "cuda" and t.tf32
+    settings = (str(device), *precision, m.kernels, m.attention, t.packing, t.gradient_checkpointing, t.threads)
     learns_policy = not config.method.learns_reward
     return (weights_key(config, config.model), adapter, *settings, learns_policy, config.reference.model_dump_json())
 

@@ -137,11 +137,17 @@ class ChatMessage(_Input):
             fields["content"] = ""
         return fields
 
-    @field_validator("tool_call_id", "name")
+    @field_validator("tool_call_id")
     @classmethod
     def _check_tool_field(cls, value: str, info: ValidationInfo) -> str:
         _check_role(info, "tool")
         return value
+
+    @field_validator("name")
+    @classmethod
+    def _keep_name_of_tool(cls, value: str, info: ValidationInfo) -> str:
+        """Ignore the name of a person or an assistant, which training rows do not keep either."""
+        return value if info.data.get("role") == "tool" else ""
 
     @field_validator("reasoning_content", "tool_calls")
     @classmethod
