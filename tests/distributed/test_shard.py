@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import in_world
 
 from penchant.data.packing import pack
-from penchant.distributed.shard import Sharding, add_rows_alone, full, rooted
+from penchant.distributed import shard
+from penchant.distributed.shard import Root, Sharding, add_rows_alone, full, rooted
 from penchant.distributed.world import World
 from penchant.logprobs import Scorer
 from penchant.models.load import backbone_of
@@ -78,3 +79,18 @@ def test_rows_that_are_added_alone_have_the_bits_of_autograd(dtype: torch.dtype)
         Scorer(model).logps(batch).sums.sum().backward()
         found.append(model.get_input_embeddings().weight.grad)
     assert batch.input_ids.unique().numel() < batch.tokens and torch.equal(*found)
+
+
+def test_freed_memory_is_returned_around_a_pass_that_is_trained_on_and_only_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(shard, "trim_heap", lambda: order.append("trim"))
+    root = Root(torch.nn.Linear(2, 2), True, trims=True)
+    root(order.append, "pass")
+    assert order == ["trim", "pass", "trim"]
+    order.clear()
+    with torch.no_grad():  # evaluations and sampling make many small passes and keep no activations
+        root(order.append, "pass")
+    Root(torch.nn.Linear(2, 2), True)(order.append, "pass")  # on a GPU
+    assert order == ["pass", "pass"]
