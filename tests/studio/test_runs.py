@@ -121,6 +121,14 @@ def test_nothing_outside_the_folder_is_shown(client: TestClient, folder: Path, p
         assert client.get(f"/runs/{page}{name}").status_code in (400, 404), name
 
 
+def test_a_damaged_table_of_a_sweep_does_not_break_its_page(client: TestClient, folder: Path) -> None:
+    make_run(folder / "sweep" / "one", 8, status="finished")
+    table = {"settings": [{"setting": ["x"], "seeds": 3, "mean": "y"}], "best": 5, "metric": 7}
+    record = {"sweep": {"runs": [5, "one", None]}, "runs": {"one": {"state": 5}}, "table": table}
+    (folder / "sweep" / "sweep.json").write_text(json.dumps(record))
+    assert client.get("/runs/group?kind=sweep&path=sweep").status_code == 200
+
+
 def test_a_report_that_is_a_link_out_is_not_served(client: TestClient, folder: Path) -> None:
     (folder.parent / "secret.html").write_text("secret")
     (folder / "first" / "report.html").symlink_to(folder.parent / "secret.html")

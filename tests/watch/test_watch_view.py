@@ -373,6 +373,7 @@ def test_a_stopped_run_among_several_is_seen_when_it_goes_on(tmp_path: Path) -> 
     view = open_view([tmp_path])
     view.refresh()
     assert isinstance(view, GroupView) and [m.state for m in view.members] == ["stopped", "stopped"]
+    assert text(view).splitlines()[0].endswith("not running")
     make_run(tmp_path / "one", 20, status="finished", total_steps=20)  # resumed
     view.refresh()
     assert [(m.state, m.view.step) for m in view.members] == [("finished", 20), ("stopped", 8)]

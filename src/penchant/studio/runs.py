@@ -157,8 +157,9 @@ class Runs:
         prefix = "" if path == "." else f"{path}/"
         members = [entry for entry in lines if entry is not line and entry.path.startswith(prefix)]
         table = mapping(read_folder(self.studio.resolve(path)).sweep.get("table"))
+        settings = [{**row, "seeds": sequence(row.get("seeds"))} for row in mappings(table.get("settings"))]
         return self.studio.page(
-            request, "group.html", line=line, lines=members, settings=mappings(table.get("settings")),
+            request, "group.html", line=line, lines=members, settings=settings,
             metric=metric(text(table.get("metric")).removeprefix("eval/")).title, best=sequence(table.get("best")), now=time(),
         )  # fmt: skip
 

@@ -367,8 +367,9 @@ def _group_state(view: GroupView) -> Text:
         prefix = "at most " if view.about.get("halving") else ""
         time_left = f", {prefix}{duration(seconds_left)} left" if seconds_left is not None else ""
         return Text.assemble(("running", STYLES["running"]), time_left)
-    all_ended = bool(view.members) and all(m.ended for m in view.members)
-    return Text("finished", "bold") if all_ended else Text("not running", STYLES["interrupted"])
+    # a sweep or pipeline that is over records its stopped runs too; a stopped run by itself may be resumed
+    is_over = [m.state == "finished" if view.kind == "runs" else m.ended for m in view.members]
+    return Text("finished", "bold") if is_over and all(is_over) else Text("not running", STYLES["interrupted"])
 
 
 def _counts(view: GroupView) -> Text:
