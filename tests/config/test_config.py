@@ -193,6 +193,12 @@ def test_a_metric_that_such_a_run_never_has_is_known_before_it_runs(
     assert found is None if how is None else how in str(found)
 
 
+def test_a_run_that_kept_its_worst_checkpoint_is_told_how_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set checkpoint\.mode=max.*resume.*checkpoint\.mode=min"):
+        _load(tmp_path, BASE, "checkpoint.metric=eval/rewards/accuracies")
+    assert _load(tmp_path, BASE, "checkpoint.metric=eval/rewards/accuracies", "checkpoint.mode=min")
+
+
 def test_overrides_win_and_make_sections(tmp_path: Path) -> None:
     config = _load(tmp_path, BASE + "train: {lr: 1e-5}", "train.lr=2e-5", "lora.r=8", "loss=sft")
     assert config.train.lr == 2e-5

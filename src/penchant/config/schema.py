@@ -158,7 +158,8 @@ class RunConfig(Section):
         name, is_set = self.checkpoint.metric, "mode" in self.checkpoint.model_fields_set
         if not is_set and metric(name).better == "higher":
             raise ValueError(
-                f"checkpoint.metric is {name}, of which higher is better, and checkpoint.mode is min; set checkpoint.mode=max"
+                f"checkpoint.metric is {name}, of which higher is better, and checkpoint.mode is min; set checkpoint.mode=max "
+                "(to resume a run that an earlier version began so, checkpoint.mode=min)"
             )
         return self
 
