@@ -296,6 +296,9 @@ def _known_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
         figures = row if "kind" in row else row.get("metrics", {})
         for name in (k.removesuffix("/ci") for k, v in figures.items() if isinstance(v, (float, list))):
             assert name.split("/")[-1] in others or metric(name).meaning, f"{name} is not in penchant.metrics.names"
+            assert not (name.startswith("eval/") and metric(name).only == "training"), (
+                f"{name} is not of training alone"
+            )
         write(log, row)
 
     monkeypatch.setattr(MetricsLog, "write", checked)

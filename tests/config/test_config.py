@@ -153,11 +153,50 @@ def test_a_mistyped_metric_of_checkpoints_is_refused_unless_the_users_code_may_l
     text = BASE + "checkpoint: {metric: eval/rewards/acuracies}"
     with pytest.raises(ConfigError, match=r'checkpoint.metric .*did you mean "eval/rewards/accuracies"'):
         _load(tmp_path, text)
-    for metric in ("eval/loss", "eval/held/loss", "eval/rewards/words/mean"):
-        assert _load(tmp_path, BASE, f"checkpoint.metric={metric}").checkpoint.metric == metric
+    for metric in ("eval/loss", "eval/held/loss", "eval/kl/k3", "eval/rewards/margins"):
+        best = f"checkpoint={{metric: {metric}, mode: min}}"
+        assert _load(tmp_path, BASE, best).checkpoint.metric == metric
+    online = "algorithm=rloo", "reward=words", "checkpoint={metric: eval/rewards/words/mean, mode: max}"
+    assert _load(tmp_path, BASE, *online).checkpoint.metric == "eval/rewards/words/mean"
     _load(tmp_path, text, "algorithm=rloo", f"reward={tmp_path}/mine.py:reward")
     (tmp_path / "config.resolved.yaml").write_text(text)
     assert load_config(tmp_path / "config.resolved.yaml").checkpoint.metric == "eval/rewards/acuracies"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "metric", "how"),
+    [
+        ((), "eval/grad_norm", "training steps alone have it"),
+        ((), "eval/held/beta", "training steps alone have it"),
+        ((), "eval/reward", "set evaluation.reward"),
+        (("evaluation.reward=words",), "eval/reward", None),
+        ((), "eval/rewards/words/mean", "set evaluation.reward"),
+        ((), "eval/win_rate", "set evaluation.reward"),
+        (("algorithm=rloo", "reward=words"), "eval/win_rate", None),
+        (("evaluation.kl_prompts=0",), "eval/kl/k3", "set evaluation.kl_prompts"),
+        (("algorithm=reward_model",), "eval/completions/length", "writes no completions"),
+        ((), "eval/loss/main", "give eval/loss"),
+        (("loss={name: dpo, nll_weight: 0.1}",), "eval/loss/nl", "loss/main or loss/nll"),
+        (("loss={name: dpo, nll_weight: 0.1}",), "eval/loss/nll", None),
+        (("loss={name: dpo, nll_weight: 0.1}",), "eval/held/loss/nll", None),
+        (("loss.mix=[{name: dpo}, {name: sft}]",), "eval/loss/sft", None),
+        (("loss.mix=[{name: dpo}, {name: sft}]",), "eval/held/loss/sf", "loss/main or loss/sft"),
+        (("loss=pmpo",), "eval/loss/negative", None),
+        (("loss.mix=[{name: kto}, {name: pmpo}]",), "eval/loss/pmpo/divergence", None),
+        (("algorithm=rloo", "reward=words"), "eval/loss/main", "give eval/loss"),
+    ],
+)
+def test_a_metric_that_such_a_run_never_has_is_known_before_it_runs(
+    tmp_path: Path, overrides: tuple[str, ...], metric: str, how: str | None
+) -> None:
+    found = _load(tmp_path, BASE, *overrides).unknown_metric(metric)
+    assert found is None if how is None else how in str(found)
+
+
+def test_a_run_that_kept_its_worst_checkpoint_is_told_how_to_resume(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"set checkpoint\.mode=max.*resume.*checkpoint\.mode=min"):
+        _load(tmp_path, BASE, "checkpoint.metric=eval/rewards/accuracies")
+    assert _load(tmp_path, BASE, "checkpoint.metric=eval/rewards/accuracies", "checkpoint.mode=min")
 
 
 def test_overrides_win_and_make_sections(tmp_path: Path) -> None:

@@ -125,6 +125,7 @@ def test_metrics_are_detached_and_losses_unreduced(name: str) -> None:
     x = replace(x, **{first: getattr(x, first).requires_grad_()})
     out = call(name, x)
     assert out.losses.shape == (6,) and out.losses.requires_grad
+    assert tuple(out.terms) == LOSSES[name].terms
     for metric, (values, weights) in out.metrics.items():
         assert values.shape == (6,) and not values.requires_grad, metric
         assert weights is None or not weights.requires_grad

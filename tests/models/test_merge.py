@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import tiny_model_folder
 
+from penchant.base.files import one_at_a_time
 from penchant.errors import ModelError
 from penchant.models import merge
 from penchant.models.load import load_causal_model, load_tokenizer, save_model
@@ -103,3 +104,19 @@ def test_an_adapter_of_a_classifier_is_refused(base: ModelConfig, adapter: Path)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "task_type": "SEQ_CLS"}))
     with pytest.raises(ModelError, match="SEQ_CLS is not a language model"):
         merge.merged_model(base, adapter, torch.device("cpu"))
+
+
+def test_an_interrupted_waiter_leaves_the_lock_to_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the file, a third process would take a lock of its own and merge at the same time."""
+    lock = tmp_path / ".merged.lock"
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with one_at_a_time(lock):
+        with monkeypatch.context() as patch:
+            patch.setattr("fcntl.flock", interrupt)
+            with pytest.raises(KeyboardInterrupt), one_at_a_time(lock):
+                pass
+        assert lock.exists()
+    assert not lock.exists()

@@ -549,6 +549,10 @@ def test_starts_from_different_weights_are_different_models(tmp_path: Path) -> N
     assert [set(answers) for _, answers in found.rows] == [{"start of a", "a"}, {"start of b", "b"}]
 
 
+def test_the_form_says_how_many_pairs_an_arena_takes(studio: Any) -> None:
+    assert f"at most {pairs.MAX_PAIRS:,} pairs" in Person(studio, "ada").get("/arena/new").text
+
+
 def test_equal_answers_are_no_pair(tmp_path: Path) -> None:
     same = Answers([("P", {"a": "x", "b": "x "})], {"a": {}, "b": {}})
     assert pairs.make_pairs(same, 0) == []

@@ -467,8 +467,11 @@ def test_a_mistyped_metric_is_answered_and_costs_nothing(base: dict[str, Any], m
     with pytest.raises(ConfigError, match=r'eval/rewards/acuracies, .*; did you mean "eval/rewards/accuracies"'):
         run(base, "metric=eval/rewards/acuracies")
     assert entered == []
-    with pytest.raises(ConfigError, match=r"eval/reward, which run .*eval/rewards/"):  # of other methods
+    with pytest.raises(ConfigError, match=r"eval/reward, .*set evaluation.reward"):
         run(base, "metric=eval/reward")
+    assert entered == []
+    with pytest.raises(ConfigError, match=r"eval/calibration/ece, which run .*; did you mean"):  # of other methods
+        run(base, "metric=eval/calibration/ece")
     assert entered == ["beta-0.1"]
     run(base)
     assert entered == ["beta-0.1", "beta-0.5"]

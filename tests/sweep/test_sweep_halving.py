@@ -271,8 +271,8 @@ def test_a_metric_of_other_methods_costs_one_rung_of_one_run(
     halved: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entered = trained(monkeypatch)
-    with pytest.raises(ConfigError, match=r"eval/reward, which run .*; did you mean"):
-        run(halved, "metric=eval/reward")
+    with pytest.raises(ConfigError, match=r"eval/calibration/ece, which run .*; did you mean"):
+        run(halved, "metric=eval/calibration/ece")
     assert len(entered) == 1
 
 

@@ -175,6 +175,11 @@ class Method:
         return "eval/rewards/accuracies"
 
     @property
+    def loss_terms(self) -> tuple[str, ...]:
+        """The parts of the loss that evaluations log as ``eval/loss/NAME``; empty if it has one part."""
+        return ()
+
+    @property
     def rollouts(self) -> Rollouts | None:
         """What the policy samples in each step; None for methods on given answers."""
         return None

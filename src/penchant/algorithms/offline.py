@@ -82,6 +82,14 @@ class Losses(Method):
         return "eval/loss" if {s.signal for s in self.specs} == {"tokens"} else "eval/rewards/accuracies"
 
     @property
+    def loss_terms(self) -> tuple[str, ...]:
+        first, *others = self.specs
+        terms = ["main", *first.terms]
+        terms += [f"{s.name}{part}" for s in others for part in ("", *(f"/{t}" for t in s.terms))]
+        terms += ["nll"] if self.config.nll_weight else []
+        return tuple(terms) if len(terms) > 1 else ()
+
+    @property
     def default_lr(self) -> tuple[float, float]:
         return (2e-5, 2e-4) if self.signal == "tokens" else self.specs[0].lr
 

@@ -158,7 +158,8 @@ class RunConfig(Section):
         name, is_set = self.checkpoint.metric, "mode" in self.checkpoint.model_fields_set
         if not is_set and metric(name).better == "higher":
             raise ValueError(
-                f"checkpoint.metric is {name}, of which higher is better, and checkpoint.mode is min; set checkpoint.mode=max"
+                f"checkpoint.metric is {name}, of which higher is better, and checkpoint.mode is min; set checkpoint.mode=max "
+                "(to resume a run that an earlier version began so, checkpoint.mode=min)"
             )
         return self
 
@@ -232,7 +233,18 @@ class RunConfig(Section):
     def unknown_metric(self, name: str) -> str | None:
         """What to give instead of a held-out metric that such a run never logs; None if it may, as code of the user can log any."""
         rewards = [r for config in (self.reward, self.evaluation.reward) if config is not None for r in config.terms]
-        return None if self._has_own_method or any(map(is_own, rewards)) else unknown_metric(name)
+        if self._has_own_method or any(map(is_own, rewards)):
+            return None
+        method = self.method
+        lacking = {"training": "training steps alone have it, evaluations do not"}
+        if not rewards:
+            has_none = f"{method.name} has no reward of completions"
+            lacking["reward"] = "set evaluation.reward" if self.algorithm is None else has_none
+        if method.learns_reward:
+            lacking["completions"] = f"{method.name} writes no completions"
+        elif method.rollouts is None and not self.evaluation.kl_prompts:
+            lacking["completions"] = "set evaluation.kl_prompts"
+        return unknown_metric(name, method.loss_terms, lacking)
 
     @property
     def _has_own_method(self) -> bool:

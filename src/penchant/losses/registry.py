@@ -78,6 +78,7 @@ class LossSpec:
             arguments; None if there is no such value.
         uses_lengths: whether it averages or weights by length itself, so that it must get summed log-probs.
         lr: peak learning rates for ``train.lr: auto``: of the whole model, of an adapter.
+        terms: the further terms of its `LossOutput`.
     """
 
     name: str
@@ -90,6 +91,7 @@ class LossSpec:
     equal_policy_loss: Callable[..., float] | None = None
     uses_lengths: bool = False
     lr: tuple[float, float] = (5e-6, 5e-5)
+    terms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = self.needs - NEEDS.keys()
@@ -132,6 +134,7 @@ def loss(
     equal: float | Callable[..., float] | None = None,
     uses_lengths: bool = False,
     lr: tuple[float, float] = (5e-6, 5e-5),
+    terms: tuple[str, ...] = (),
     params: type[LossParams] = LossParams,
     idle: Idle | None = None,
 ) -> Callable[[Function], Function]:
@@ -142,7 +145,7 @@ def loss(
     to its docstring.
 
     Args:
-        name, formula, paper, signal, needs, uses_lengths, lr: see `LossSpec`.
+        name, formula, paper, signal, needs, uses_lengths, lr, terms: see `LossSpec`.
         equal: the loss when policy and reference are equal: a number, or a function of the hyperparameters.
         params: a base class with settings that are not arguments of the function (DPO-Shift's schedule).
         idle: which hyperparameters have no effect beside the others, and why, as in `refuse_idle`.
@@ -160,7 +163,7 @@ def loss(
         if idle is not None:
             fn_params.idle = staticmethod(idle)
         spec = LossSpec(
-            name, signal, frozenset(needs), fn, fn_params, formula, paper, equal_policy_loss, uses_lengths, lr
+            name, signal, frozenset(needs), fn, fn_params, formula, paper, equal_policy_loss, uses_lengths, lr, terms
         )
         fn.__doc__ = _full_docstring(spec)
         LOSSES[name] = spec

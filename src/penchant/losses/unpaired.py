@@ -88,6 +88,7 @@ def _idle_of_pmpo(weighting: str, divergence: str, **_: Any) -> dict[str, str]:
     signal="unpaired",
     needs=("reference", "labels", "divergence"),
     uses_lengths=True,
+    terms=("negative", "divergence"),
     idle=_idle_of_pmpo,
 )
 def pmpo(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,7 +29,8 @@ class Metric:
         better: which way is better, None if neither; null: its value if nothing was learned (one half, zero), None if there is no such value.
         word: its description in the short table of `penchant eval`; "" if the label is enough, or if it is not in that table.
         share: whether it is a share of rows, shown in percent; main: whether runs are judged by it; logged: whether runs log it, or only
-            `penchant eval` has it.
+            `penchant eval` has it; only: which lines have it, if not all may: those of training steps, or evaluations of runs with a reward of
+            completions, or with completions at all.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Metric:
     share: bool = False
     main: bool = False
     logged: bool = True
+    only: Literal["", "training", "reward", "completions"] = ""
 
     @property
     def title(self) -> str:
@@ -66,9 +68,11 @@ OTHER_REWARD = Metric(
 )
 # metrics of each named reward in a weighted sum
 REWARDS = {
-    "mean": Metric("rewards/NAME/mean", "mean of one reward of the sum, over the completions that it applies to"),
-    "std": Metric("rewards/NAME/std", "its standard deviation over them"),
-    "none": Metric("rewards/NAME/none", "share of completions that it does not apply to", share=True),
+    "mean": Metric(
+        "rewards/NAME/mean", "mean of one reward of the sum, over the completions that it applies to", only="reward"
+    ),
+    "std": Metric("rewards/NAME/std", "its standard deviation over them", only="reward"),
+    "none": Metric("rewards/NAME/none", "share of completions that it does not apply to", share=True, only="reward"),
 }
 SPEED = (
     Metric("seconds", "wall time of the optimizer step"),
@@ -95,13 +99,22 @@ def metric(name: str) -> Metric:
     return replace(entry, name=short, label="")
 
 
-def unknown_metric(name: str) -> str | None:
-    """What to give instead of a held-out metric (``eval/NAME``, ``eval/SET/NAME``) that the table lacks; None if it has it."""
-    parts = name.split("/")
-    entries = [metric("/".join(parts[i:])) for i in range(1, len(parts))] if parts[0] == "eval" else []
-    if any(entry.meaning and entry.logged for entry in entries):
-        return None
-    if match := closest(name, [f"eval/{n}" for n, entry in METRICS.items() if entry.logged]):
+def unknown_metric(name: str, terms: Sequence[str], lacking: Mapping[str, str]) -> str | None:
+    """What to do about a held-out metric (``eval/NAME``, ``eval/SET/NAME``) that runs never log; None if they may log it.
+
+    Args:
+        terms: of their loss, as in ``eval/loss/TERM``; lacking: the kinds of metrics (`Metric.only`) that they do not log, each with advice.
+    """
+    parts = name.split("/") if name.startswith("eval/") else []
+    if "loss" in parts[1:3] and parts[-1] != "loss":
+        term = "/".join(parts[parts.index("loss") + 1 :])
+        known = " or ".join(f"loss/{t}" for t in terms)
+        return None if term in terms else f"its parts are {known}" if terms else "it has one part: give eval/loss"
+    entries = [metric("/".join(parts[i:])) for i in range(1, len(parts))]
+    entry = next((e for e in entries if e.meaning and e.logged), None)
+    if entry is not None:
+        return lacking.get(entry.only)
+    if match := closest(name, [f"eval/{n}" for n, e in METRICS.items() if e.logged and e.only not in lacking]):
         return f'did you mean "{match}"?'
     return "give a held-out figure, e.g. eval/rewards/accuracies"
 

@@ -145,7 +145,7 @@ def area(studio: Studio) -> Area:
         if request.method == "POST":
             return await _create_arena(studio, await read_fields(request))
         sources = await run_in_threadpool(_sources, studio)
-        return studio.page(request, "arena_new.html", **sources, settings=Settings())
+        return studio.page(request, "arena_new.html", **sources, settings=Settings(), most=pairs.MAX_PAIRS)
 
     async def judge(request: Request) -> Response:
         arena, annotator = sessions.arena_of(request), _annotator(request)

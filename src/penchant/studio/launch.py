@@ -74,7 +74,7 @@ def form_parts(loss: str = "", algorithm: str = "") -> Iterator[Part]:
         if part.title == "loss":
             names = tuple(LOSSES)
             keys = [
-                replace(key, choices=tuple(names)) if key.path == "loss.name" else key
+                replace(key, choices=names) if key.path == "loss.name" else key
                 for key in keys
                 if key.path != "loss.mix"
             ]
