@@ -29,9 +29,7 @@ class Root(nn.Module):
             that its gathered weights leave, so the next layer's weights need new space, and the heap is full of gaps.
     """
 
-    def __init__(
-        self, model: nn.Module, reshards: bool, beside: Sequence[nn.Module] = (), trims: bool = False
-    ) -> None:
+    def __init__(self, model: nn.Module, reshards: bool, beside: Sequence[nn.Module] = (), trims: bool = False) -> None:
         super().__init__()
         self.model, self.reshards, self.beside, self.trims = model, reshards, nn.ModuleList(beside), trims
         vars(model)[_ROOT] = self  # not registered as a submodule
