@@ -79,7 +79,7 @@ def peak_memory(running: subprocess.Popen[bytes], seconds: float) -> dict[int, i
     while running.poll() is None and time.monotonic() < deadline:
         for rank, size in residents(running.pid):
             peaks[rank] = max(size, peaks.get(rank, 0))
-        time.sleep(0.2)
+        time.sleep(1.0)  # looking takes a core's time, and a peak is not lost between two looks
     if running.poll() is None:
         running.kill()
         raise SystemExit(f"not finished after {seconds:g} s: {running.args!r}")

@@ -25,7 +25,7 @@ class Root(nn.Module):
     Args:
         model: a transformers or peft model; reshards: whether its layers free their gathered weights after their forward pass.
         beside: modules that are computed from its hidden states (a value head); trims: whether freed memory goes back to the
-            system before and after a forward pass that a backward pass follows. A layer's activations take part of the space
+            system between a forward pass and its backward pass. A layer's activations take part of the space
             that its gathered weights leave, so the next layer's weights need new space, and the heap is full of gaps.
     """
 
@@ -36,11 +36,9 @@ class Root(nn.Module):
 
     def forward(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call `run`, e.g. for the log-probs of a packed batch, rewards or hidden states."""
-        if not (self.trims and torch.is_grad_enabled()):
-            return run(*args, **kwargs)
-        trim_heap()
         output = run(*args, **kwargs)
-        trim_heap()
+        if self.trims and torch.is_grad_enabled():
+            trim_heap()
         return output
 
 
