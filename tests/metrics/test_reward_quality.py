@@ -26,6 +26,14 @@ def test_a_tie_counts_half() -> None:
     assert found["ece"] == 0.0
 
 
+def test_the_order_of_pairs_with_equal_confidence_does_not_matter() -> None:
+    """Bins of two divide three pairs of confidence sigmoid(1), two of them right: 2/3 on both sides of the edge."""
+    orders = ([1.0, 1.0, -1.0, 2.0], [-1.0, 1.0, 1.0, 2.0], [2.0, 1.0, -1.0, 1.0])
+    first, *others = [calibration(np.array(margins), bins=2) for margins in orders]
+    assert [b["right"] for b in first["bins"]] == pytest.approx([2 / 3, (2 / 3 + 1) / 2])
+    assert all(other["ece"] == first["ece"] for other in others)
+
+
 def test_calibrated_margins_have_a_small_error_and_overconfident_ones_a_large_one() -> None:
     rng = np.random.default_rng(0)
     size = np.abs(rng.normal(0, 1.5, 20_000))

@@ -321,6 +321,7 @@ def calibration(margins: np.ndarray, bins: int = BINS) -> dict[str, Any]:
 
     The chosen answer always comes first, so each pair is folded: confidence ``c = sigmoid(|m|)`` in [0.5, 1], right ``1[m > 0]`` (a tie
     counts half). ``ECE = sum_b n_b / n |mean right - mean c|`` over bins of equal counts; Brier score ``mean (c - right)^2``.
+    If a bin's edge divides pairs of equal confidence, each side has their mean of `right`, so the order of the pairs doesn't matter.
 
     Args:
         margins: (n,) reward of the chosen minus reward of the rejected answer; bins: maximum number of bins.
@@ -330,9 +331,12 @@ def calibration(margins: np.ndarray, bins: int = BINS) -> dict[str, Any]:
     m = np.asarray(margins, dtype=np.float64)
     confidence = 1.0 / (1.0 + np.exp(-np.abs(m)))
     right = (m > 0) + 0.5 * (m == 0)
-    order = np.argsort(confidence, kind="stable")
-    parts = [p for p in np.array_split(order, min(bins, len(m))) if len(p)]
-    rows = [{"rows": len(p), "confidence": float(confidence[p].mean()), "right": float(right[p].mean())} for p in parts]
+    _, equal, counts = np.unique(confidence, return_inverse=True, return_counts=True)
+    shared = (np.bincount(equal, right) / counts)[equal]
+    parts = [p for p in np.array_split(np.argsort(confidence), min(bins, len(m))) if len(p)]
+    rows = [
+        {"rows": len(p), "confidence": float(confidence[p].mean()), "right": float(shared[p].mean())} for p in parts
+    ]
     ece = sum(r["rows"] * abs(r["right"] - r["confidence"]) for r in rows) / len(m)
     return {"ece": float(ece), "brier": float(np.mean((confidence - right) ** 2)), "bins": rows}
 
