@@ -8,6 +8,8 @@ import random
 import pytest
 
 from penchant.report.svg import (
+    MINUS,
+    axis,
     downsample,
     duration,
     estimate,
@@ -77,6 +79,17 @@ def test_ticks_are_round_and_inside() -> None:
     assert tick_labels(ticks(-0.013, 0.021)) == ["\u22120.01", "0.00", "0.01", "0.02"]
     assert log_labels(log_ticks(0.09, 900)) == ["0.1", "1", "10", "100"]
     assert log_labels(log_ticks(1.5, 40)) == ["2", "5", "10", "20"]
+
+
+@pytest.mark.parametrize("value", [0.6931471, 1_234_567.0, 3.3e-7, -98_765.4, 2e12])
+@pytest.mark.parametrize("width", [0.0, 1e-15, 1e-9, 1e-6, 1e-4, 0.03])
+def test_ticks_of_a_narrow_range_are_told_apart(value: float, width: float) -> None:
+    scale = axis([value, value * (1 + width)], 0, 100)
+    places, labels = zip(*scale.ticks(5), strict=True)
+    assert len(labels) >= 2
+    assert len(set(labels)) == len(labels) and max(map(len, labels)) <= 12
+    shown = [float(label.replace(MINUS, "-").replace(",", "")) for label in labels]
+    assert shown == pytest.approx(places, rel=1e-6 * max(width, 1e-3), abs=0)
 
 
 @pytest.mark.parametrize("low,high", [(0, 1e-12), (1e9, 1e9 + 3), (-5e7, 8e8), (0.1, 0.1 + 1e-13)])

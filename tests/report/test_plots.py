@@ -14,8 +14,16 @@ from report_folders import evaluation, make_comparison, make_run, make_sweep, wr
 
 from penchant.report.curves import curves, metric_points
 from penchant.report.data import read_report
-from penchant.report.frontier import Spot, comparison_frontier, frontier, pareto_front, runs_frontier
-from penchant.report.svg import Axis, Level, Line, Plot, figure, move_apart, path_data, sparkline, style_classes
+from penchant.report.frontier import (
+    Frontier,
+    Spot,
+    comparison_frontier,
+    draw_frontier,
+    frontier,
+    pareto_front,
+    runs_frontier,
+)
+from penchant.report.svg import LEFT, Axis, Level, Line, Plot, figure, move_apart, path_data, sparkline, style_classes
 
 
 def _plot(*lines: Line, **more: object) -> Plot:
@@ -158,6 +166,16 @@ def test_the_frontier_of_a_comparison(tmp_path: Path) -> None:
     assert "None reaches as much with less KL: ours (0.500 at 4.00 nats), fine (0.600 at 5.00 nats)" in str(
         frontier(data)
     )
+
+
+def test_a_log_axis_takes_a_trail_from_zero_and_an_interval_below_it() -> None:
+    trail = ((0.0, 0.5), (0.01, 0.52), (0.02, 0.55))
+    spots = (Spot("small", "A", 0, 0.02, 0.55, (-0.01, 0.05), None, 1, trail), Spot("large", "B", 1, 9.0, 0.8))
+    drawn = str(draw_frontier(Frontier("win rate", True, spots, 0.5, "")))
+    assert "log scale" in drawn and drawn.count('class="whisker"') == 1 and drawn.count('class="thin"') == 1
+    assert "large: KL 9.00, 80.0%" in drawn
+    for x in re.findall(r'd="M([\d.-]+) ', drawn):
+        assert float(x) >= LEFT  # nothing is drawn outside the axes
 
 
 def test_runs_that_did_not_end_are_no_part_of_a_frontier_of_many(tmp_path: Path) -> None:

@@ -177,8 +177,9 @@ def draw_frontier(frontier: Frontier) -> Element:
     xs = [v for s in spots for v in (s.x, *(s.x_ci or ()), *(t[0] for t in s.trail))]
     ys = [v for s in spots for v in (s.y, *(s.y_ci or ()), *(t[1] for t in s.trail))]
     ys += [frontier.start] if frontier.start is not None else []
-    log = min(xs) > 0 and max(xs) / min(xs) > 30
-    across = axis(xs if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
+    kls = [s.x for s in spots]  # a trail begins at a KL of 0, and an interval's lower end may be negative
+    log = min(kls) > 0 and max(kls) / min(kls) > 30
+    across = axis([x for x in xs if x > min(kls) / 10] if log else [*xs, 0.0], LEFT, WIDTH - RIGHT, log=log, pad=0.04)
     up = axis(ys, HEIGHT - BOTTOM, TOP)
     front = pareto_front(spots)
     description = ", ".join(f"{s.name} ({format_value(s.y, frontier.share)} at {number(s.x)} nats)" for s in front)
@@ -190,7 +191,7 @@ def draw_frontier(frontier: Frontier) -> Element:
         el("desc", description),
         _axes(across, up, frontier),
         el("path", class_="edge", d=f"M{across(front[0].x):.1f} {up(front[0].y):.1f}{steps}") if steps else None,
-        [_draw_spot(s, across, up) for s in spots],
+        [_draw_spot(s, across, up, frontier.share) for s in spots],
         _names(spots, across, up),
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
@@ -225,17 +226,18 @@ def _axes(x_axis: Axis, y_axis: Axis, frontier: Frontier) -> list[Element]:
     return [*elements, x_label]
 
 
-def _draw_spot(spot: Spot, x_axis: Axis, y_axis: Axis) -> Element:
+def _draw_spot(spot: Spot, x_axis: Axis, y_axis: Axis, share: bool) -> Element:
     x, y = x_axis(spot.x), y_axis(spot.y)
     parts: list[Node] = []
-    if len(spot.trail) > 1:
-        trail = [t for t in spot.trail if not x_axis.log or t[0] > 0]
+    trail = [t for t in spot.trail if t[0] >= x_axis.low]
+    if len(trail) > 1:
         parts.append(el("path", class_="thin", d=path_data(trail, x_axis, y_axis)))
-    if spot.x_ci and (not x_axis.log or spot.x_ci[0] > 0):
-        parts.append(el("path", class_="whisker", d=f"M{x_axis(spot.x_ci[0]):.1f} {y:.1f}H{x_axis(spot.x_ci[1]):.1f}"))
+    if spot.x_ci:
+        left = x_axis(max(spot.x_ci[0], x_axis.low))  # a log axis has no place for the rest of the bar
+        parts.append(el("path", class_="whisker", d=f"M{left:.1f} {y:.1f}H{x_axis(spot.x_ci[1]):.1f}"))
     if spot.y_ci:
         parts.append(el("path", class_="whisker", d=f"M{x:.1f} {y_axis(spot.y_ci[0]):.1f}V{y_axis(spot.y_ci[1]):.1f}"))
-    title = f"{spot.name}: KL {number(spot.x)}, {number(spot.y)}"
+    title = f"{spot.name}: KL {number(spot.x)}, {format_value(spot.y, share)}"
     parts.append(el("circle", el("title", title), cx=f"{x:.1f}", cy=f"{y:.1f}", r=5.5))
     return el("g", *parts, class_=f"s {style_classes(spot.place)}", data_g=spot.key or None)
 

@@ -118,15 +118,20 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def tick_labels(places: Sequence[float]) -> list[str]:
-    """One label per tick, all with the same number of decimals."""
+    """One label per tick, all with the same number of decimals; if that makes two the same, with as many digits as tell them apart."""
     if not places:
         return []
     sizes = [abs(p) for p in places if p]
-    if sizes and (max(sizes) >= 1e5 or min(sizes) < 1e-4):
-        return [_short(p) for p in places]
     steps = [abs(b - a) for a, b in pairwise(places) if b != a]
-    digits = max(0, min(6, -math.floor(math.log10(min(steps)) + 1e-9))) if steps else 2
-    return [_fixed(p, digits) for p in places]
+    if sizes and (max(sizes) >= 1e5 or min(sizes) < 1e-4):
+        labels = [_short(p) for p in places]
+    else:
+        digits = max(0, min(7, -math.floor(math.log10(min(steps)) + 1e-9))) if steps else 2
+        labels = [_fixed(p, digits) for p in places]
+    if steps and len(set(labels)) < len(set(places)):
+        significant = math.ceil(math.log10(max(sizes) / min(steps))) + 1
+        labels = [_minus(f"{p:.{significant}g}") for p in places]
+    return labels
 
 
 def log_labels(places: Sequence[float]) -> list[str]:
@@ -282,12 +287,14 @@ class Axis:
 
 
 def axis(values: Sequence[float], start: float, end: float, *, log: bool = False, pad: float = 0.06) -> Axis:
-    """Make an axis that covers all values with some padding."""
+    """Make an axis that covers all values with some padding; with padding, its width is at least 2e-6 of the values."""
     low, high = min(values), max(values)
     if log and low > 0:
         factor = (high / low) ** pad if high > low else 2.0
         return Axis(low / factor, high * factor, start, end, log=True)
     margin = (high - low) * pad or (max(abs(low) * 0.1, 1e-9) if pad else 0.5)
+    if pad:  # labels of narrower axes would be too long
+        margin = max(margin, 1e-6 * max(abs(low), abs(high)))
     return Axis(low - margin, high + margin, start, end)
 
 
