@@ -29,9 +29,14 @@ Which answer is better? Reply with one word and nothing else: A, B or TIE.
 PLACEHOLDERS = ("prompt", "answer_a", "answer_b")
 _PLACEHOLDER = re.compile(r"\{(prompt|answer_a|answer_b|mark)\}")
 _THINKING = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL | re.IGNORECASE)
+_VERDICT = r"A|B|(?:a )?tie|[AB] ?(?:>>?|<<?|=) ?[AB]"
+_BRACKETED = re.compile(
+    rf"\[\[ ?({_VERDICT}|C) ?\]\]", re.IGNORECASE
+)  # as MT-Bench and Arena-Hard ask for it; C is a tie
 _VERDICT_LINE = re.compile(
     r"\W*(?:(?:my |the )?(?:final |overall |better |best )?(?:verdict|winner|choice|decision|answer|response|option)\W+(?:is\W+)?)?"
-    r"(?:(?:answer|response|option|assistant)\W+)?(A|B|(?:a )?tie)"
+    r"(?:I (?:would )?(?:prefer|choose|pick)\W+(?:the )?)?"
+    rf"(?:(?:answer|response|option|assistant)\W+)?({_VERDICT})"
     r"(?:\W+(?:is (?:the )?(?:better|best|winner)(?: (?:answer|response|option|assistant|one))?|wins))?\W*",
     re.IGNORECASE,
 )
@@ -75,13 +80,26 @@ def visible_lines(reply: str) -> list[str]:
 def parse_verdict(reply: str) -> float | None:
     """Parse the preference for the first answer from a reply; None if it states none.
 
-    The first or last line outside any ``<think>`` block must be A, B or tie, alone or as in ``**Verdict: Answer B**`` and ``B is better.``
-    If both lines state a verdict, they must agree.
+    The first or last line outside any ``<think>`` block must have a verdict in double brackets, such as ``[[A]]``, ``[[B>>A]]`` or
+    ``[[C]]`` for a tie, or must be A, B, tie or ``A>B``, alone or as in ``**Verdict: Answer B**``, ``B is better.`` and ``I prefer A``.
+    All verdicts of both lines must agree.
     """
     lines = visible_lines(reply)
     if not lines:
         return None
-    verdicts = {
-        m.group(1).lower().removeprefix("a ") for x in (lines[0], lines[-1]) if (m := _VERDICT_LINE.fullmatch(x))
-    }
-    return WORDS[verdicts.pop()] if len(verdicts) == 1 else None
+    stated = []
+    for line in (lines[0], lines[-1]):
+        match = _VERDICT_LINE.fullmatch(line)
+        stated += _BRACKETED.findall(line) or ([match[1]] if match is not None else [])
+    verdicts = {_preferred(text) for text in stated}
+    return WORDS.get(verdicts.pop()) if len(verdicts) == 1 else None
+
+
+def _preferred(verdict: str) -> str:
+    """One of `WORDS`; another text for a contradiction such as ``A>A``."""
+    text = verdict.lower().replace(" ", "")
+    if text in ("c", "tie", "atie", "a=b", "b=a"):
+        return "tie"
+    if len(text) == 1 or text[0] == text[-1]:
+        return text
+    return text[0] if ">" in text else text[-1]
