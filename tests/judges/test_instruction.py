@@ -32,7 +32,6 @@ from penchant.judges.judge import Question
         ("<think>B looks good. B\nB</think>\nA", 1.0),
         ("I prefer A.", 1.0),
         ("I would choose answer B", 0.0),
-        ("[[A]]", 1.0),
         ("B explains more.\nMy final verdict: [[C]]", 0.5),
         ("My final verdict is that assistant B is slightly better: [[B>A]]", 0.0),
         ("My final verdict is tie: [[A=B]].", 0.5),
