@@ -408,6 +408,21 @@ def test_a_pipeline_shows_the_stages_to_come_and_what_an_interrupted_one_is(tmp_
     assert line.state == "interrupted" and line.inside == {"finished": 1, "interrupted": 1, "to come": 1}
 
 
+@pytest.mark.parametrize(("kind", "key", "state"), [("pipeline", "stages", "stopped"), ("sweep", "runs", "finished")])
+def test_a_stage_that_stopped_itself_stops_a_pipeline_and_is_a_result_of_a_sweep(
+    tmp_path: Path, kind: str, key: str, state: str
+) -> None:
+    make_run(tmp_path / "one", 20, status="finished")
+    make_run(tmp_path / "two", 8, status="stopped", why="the loss is not a number", total_steps=20)
+    record = {kind: {key: ["one", "two"]}, key: {"one": {"state": "finished"}, "two": {"state": "stopped"}}}
+    (tmp_path / f"{kind}.json").write_text(json.dumps(record))
+    view = open_view([tmp_path])
+    view.refresh()
+    assert text(view).splitlines()[0].endswith(state)
+    (line,) = (line for line in Shelf(tmp_path).lines()[0] if line.kind == kind)
+    assert line.state == state and line.inside == {"finished": 1, "stopped": 1}
+
+
 def test_an_interval_that_rounding_leaves_without_a_width_is_not_shown() -> None:
     assert with_interval(0.7, (0.6, 0.8)) == "0.7000 [0.6000, 0.8000]"
     assert with_interval(0.7, (0.69999, 0.70001)) == with_interval(0.7, None) == "0.7000"

@@ -155,8 +155,13 @@ class Shelf:
                 state = line.state  # an interrupted stage is "stopped" there too
             counts[state] = counts.get(state, 0) + 1
         active = [line for path, line in runs.items() if path.startswith(prefix) and line.state in OPEN_STATES]
-        all_done = bool(records) and set(counts) <= {"finished", "stopped", "cut"}
-        state = "running" if active or lock_state(file.parent) == "held" else "finished" if all_done else "interrupted"
+        state = "interrupted"
+        if active or lock_state(file.parent) == "held":
+            state = "running"
+        elif group.kind == "pipeline" and "stopped" in counts:  # in a sweep a stopped run counts as a result
+            state = "stopped"
+        elif records and set(counts) <= {"finished", "stopped", "cut"}:
+            state = "finished"
         table = mapping(content.get("table"))
         best = ", ".join(text(name) for name in sequence(table.get("best"))[:3])
         headline = f"best by validation: {best}" if best else ""

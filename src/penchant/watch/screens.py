@@ -367,8 +367,10 @@ def _group_state(view: GroupView) -> Text:
         prefix = "at most " if view.about.get("halving") else ""
         time_left = f", {prefix}{duration(seconds_left)} left" if seconds_left is not None else ""
         return Text.assemble(("running", STYLES["running"]), time_left)
-    # a sweep or pipeline that is over records its stopped runs too; a stopped run by itself may be resumed
-    is_over = [m.state == "finished" if view.kind == "runs" else m.ended for m in view.members]
+    if view.kind == "pipeline" and any(m.state == "stopped" for m in view.members):
+        return Text("stopped", STYLES["stopped"])
+    # in a sweep a stopped run counts as a result; elsewhere it may be resumed
+    is_over = [m.ended if view.kind == "sweep" else m.state == "finished" for m in view.members]
     return Text("finished", "bold") if is_over and all(is_over) else Text("not running", STYLES["interrupted"])
 
 
