@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from run_folders import make_run
@@ -316,6 +317,21 @@ def until(what: Callable[[], bool]) -> None:
     while not what():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_stopping_a_run_that_has_just_ended_or_is_somebody_elses(
+    processes: Processes, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "lock_holder", lambda _: (12345, "here"))
+    monkeypatch.setattr(launch, "lock_state", lambda _: "held")
+    kill = Mock(side_effect=ProcessLookupError)
+    monkeypatch.setattr(launch.os, "kill", kill)
+    processes.stop("new")
+    assert kill.called and processes.stop_requested("new")
+    kill.side_effect = PermissionError
+    with pytest.raises(CheckpointError, match="another user"):
+        processes.stop("other")
+    assert not processes.stop_requested("other")
 
 
 def test_a_run_is_started_stopped_and_gone_on_with(processes: Processes, folder: Path) -> None:

@@ -11,7 +11,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -352,13 +351,18 @@ class Processes:
         """Ask a run to stop, as Ctrl-C and SIGTERM do; it writes a checkpoint first.
 
         Raises:
-            CheckpointError: no process on this machine holds it.
+            CheckpointError: no process on this machine holds it, or it belongs to another user.
         """
         owner = lock_holder(self.root / path)
         if owner is not None and lock_state(self.root / path) == "held":
-            os.kill(owner[0], signal.SIGTERM)
-            with suppress(ProcessLookupError):  # it has already ended
+            try:
+                os.kill(owner[0], signal.SIGTERM)
                 os.kill(owner[0], signal.SIGCONT)  # a suspended process (Ctrl-Z) handles SIGTERM only once it continues
+            except ProcessLookupError:
+                pass  # it ended meanwhile
+            except PermissionError as error:
+                what = f"process {owner[0]}, which trains it, belongs to another user"
+                raise CheckpointError(path, what, "stop it as that user") from error
         elif (process := self.started.get(path)) is not None and process.poll() is None:
             process.terminate()
         else:
