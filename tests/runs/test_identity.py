@@ -403,6 +403,17 @@ def test_a_template_with_todays_date_keeps_the_day_of_the_first_start(
         api.train(config, "data.template_options={strftime_now: 2026-11-02}", quiet=True)
 
 
+def test_a_run_continues_on_another_device_of_the_same_kind() -> None:
+    def identity(**devices: str) -> dict[str, Any]:
+        return {"config": {key: {"device": device} for key, device in devices.items()}}
+
+    first = identity(model="cuda:1", reference="cuda:0")
+    assert identity_changes(first, identity(model="cuda:0", reference="cuda"), {}) == []
+    assert identity_changes(first, identity(model="cpu", reference="cuda"), {}) == [
+        'config.model.device: "cuda:1" -> "cpu"'
+    ]
+
+
 def test_a_day_that_is_none_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(PenchantError, match="2026-12-31"):
         api.as_config(

@@ -401,7 +401,10 @@ STORAGE = (
 
 
 def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> list[str]:
-    """``key.path: old -> new`` for every leaf that differs, except settings of `STORAGE`; a key missing in `old` has its default."""
+    """``key.path: old -> new`` for every leaf that differs; a key missing in `old` has its default.
+
+    Settings of `STORAGE` may differ, and so may the number of a device: ``cuda:1`` computes what ``cuda:0`` computes.
+    """
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         known = defaults if isinstance(defaults, Mapping) else {}
         return [
@@ -410,6 +413,8 @@ def differences(old: Any, new: Any, prefix: str = "", defaults: Any = None) -> l
             for d in differences(old.get(k, known.get(k)), new.get(k), f"{prefix}.{k}" if prefix else k, known.get(k))
         ]
     is_equal = old == new or prefix.removeprefix("config.") in STORAGE
+    if prefix.endswith(".device") and isinstance(old, str) and isinstance(new, str):
+        is_equal = old.partition(":")[0] == new.partition(":")[0]
     return [] if is_equal else [f"{prefix}: {_as_json(old)} -> {_as_json(new)}"]
 
 
