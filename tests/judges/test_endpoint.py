@@ -262,6 +262,22 @@ def test_whose_key_goes_where(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "verified", "through_proxies"),
+    [
+        ("https://example.org/v1", True, True),
+        ("http://example.org/v1", True, True),  # a proxy may use TLS
+        ("https://127.0.0.1:1/v1", True, False),
+        ("HTTPS://localhost:1/v1", True, False),
+        ("http://localhost:1/v1", False, False),
+    ],
+)
+def test_certificates_are_checked_wherever_there_are_some(url: str, verified: bool, through_proxies: bool) -> None:
+    options = connect(url, None).client_options
+    assert (options["verify"], options["trust_env"]) == (verified, through_proxies)
+    assert options["follow_redirects"] is False
+
+
+@pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"model": None}, "--judge-model: is missing"),

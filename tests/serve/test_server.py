@@ -512,6 +512,18 @@ def test_connections_that_are_not_used_are_given_up(chat_model: ChatModel, monke
                 assert sock.recv(4096) == b""
 
 
+def test_a_packet_does_not_wait_for_the_client_to_acknowledge_the_one_before(chat_model: ChatModel) -> None:
+    """Otherwise every answer of two packets, and every token of a stream, takes 40 ms longer."""
+    with serving(chat_model) as server:
+        client = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+        client.request("GET", "/health")
+        assert client.getresponse().status == 200
+        (connection,) = server.uvicorn.server_state.connections
+        options = connection.transport.get_extra_info("socket")
+        assert options.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        client.close()
+
+
 def test_idle_connections_do_not_turn_others_away(chat_model: ChatModel, monkeypatch: pytest.MonkeyPatch) -> None:
     from penchant.serve import server as module
 

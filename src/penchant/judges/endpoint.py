@@ -136,16 +136,19 @@ class Connection:
                 raise NoReplyError(f"{failure} ({attempt} attempts)" if attempt > 1 else failure, silent=True)
         raise AssertionError("at least one attempt")
 
+    @property
+    def client_options(self) -> dict[str, Any]:
+        """How an httpx client connects: no redirects, which would carry the key to another host; no proxy for local addresses."""
+        local = is_local(self.url)
+        # reading the machine's certificates takes 20 ms, and a local address without https needs none
+        verify = not local or urlsplit(self.url).scheme == "https"
+        return {"timeout": self.timeout, "follow_redirects": False, "trust_env": not local, "verify": verify}
+
     @cached_property
     def _client(self) -> Any:
         import httpx
 
-        return httpx.Client(
-            timeout=self.timeout,
-            limits=httpx.Limits(max_connections=None),
-            follow_redirects=False,  # a redirect would carry the key to another host
-            trust_env=not is_local(self.url),  # no proxy for local addresses
-        )
+        return httpx.Client(limits=httpx.Limits(max_connections=None), **self.client_options)
 
     def close(self) -> None:
         """Close the sockets; the next question opens new ones."""

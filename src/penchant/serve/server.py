@@ -104,7 +104,7 @@ def served_name(model: str, name: str | None) -> str:
 
 
 def _http_protocol() -> Any:
-    """Return uvicorn's HTTP protocol class with timeouts; it also drops idle connections if a new client finds no free one."""
+    """Return uvicorn's HTTP protocol class with timeouts and without Nagle's algorithm; a new client may take an idle one's connection."""
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
     class TimeoutProtocol(H11Protocol):
@@ -118,6 +118,9 @@ def _http_protocol() -> Any:
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
+            # asyncio does so only for sockets that were made with a protocol number; without it, what follows a response's first packet,
+            # such as the next token of a stream, waits up to 40 ms for the client to acknowledge that packet
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.since = self.loop.time()
             idle = [c for c in self.connections if c is not self and (c.is_idle or c.cycle.more_body)]
             for other in sorted(idle, key=lambda c: c.since)[: max(0, len(self.connections) - MAX_CONNECTIONS + 1)]:

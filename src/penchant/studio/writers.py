@@ -139,7 +139,7 @@ class Writers:
         where = f"{writer.get('model')} at {endpoint.url}"
         try:
             async with (
-                httpx.AsyncClient(timeout=endpoint.timeout, trust_env=not is_local(endpoint.url)) as client,
+                httpx.AsyncClient(**endpoint.client_options) as client,
                 client.stream("POST", f"{endpoint.url}/chat/completions", json=body, headers=headers) as reply,
             ):
                 if reply.status_code != 200:
