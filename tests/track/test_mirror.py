@@ -161,6 +161,28 @@ def test_only_a_run_that_is_training_goes_on_without_a_tracker(
     assert "Cannot allocate memory" in said[0] and ("goes on" in said[0]) == training
 
 
+def test_every_tracker_is_closed_though_the_first_one_failed(tmp_path: Path) -> None:
+    run, said = make_run(tmp_path / "run", done=2), list[str]()
+    specs = {"wandb": _fake("Dies"), "mlflow": TrackerSpec("mlflow", "Other", "json", "mlflow", "fake_trackers:Raises")}
+    settings = LoggingConfig(trackers=["wandb", "mlflow"], tracker_timeout=120.0)
+    mirrors = Mirrors(run, settings, {}, said.append, specs)
+    mirrors.begin(anew=True)
+    processes = [mirror.process for mirror in mirrors.mirrors]
+    assert not mirrors.finish("finished")
+    assert all(process is not None and process.returncode is not None for process in processes)
+    for label, name in (("Fake", "wandb"), ("Other", "mlflow")):
+        assert any(text.startswith(label) and f"--to {name}" in text for text in said)
+
+
+def test_a_record_that_cannot_be_removed_costs_a_warning(tmp_path: Path) -> None:
+    run, said = make_run(tmp_path / "run", done=2), list[str]()
+    (run / "trackers" / "wandb.json").mkdir(parents=True)
+    mirrors = _mirrors(run, "Raises", said)
+    mirrors.begin(anew=True)
+    assert mirrors.mirrors[0].process is None and "could not be started" in said[0]
+    assert not mirrors.finish("finished")
+
+
 def test_training_is_the_same_whatever_trackers_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_API_KEY", "abcdef-not-to-be-seen")
     config = {

@@ -77,13 +77,15 @@ class Mirror:
     done: bool = False
     _read: bytes = field(default=b"")
 
-    def start(self) -> None:
-        """Start the process; if that fails, print a warning and go on."""
+    def start(self, *, anew: bool) -> None:
+        """Start the process; if that fails, print a warning and go on. `anew`: forget the run that an earlier one has in the tracker."""
         folder = Path(self.info.folder)
-        info = asdict(self.info) | {"id": sent_to(folder, self.spec.name).id}
-        request = {"tracker": self.spec.name, "factory": self.spec.factory, "info": info, "timeout": self.timeout}
         paths = os.pathsep.join(p for p in sys.path if p)
         try:
+            if anew:
+                sent_file(folder, self.spec.name).unlink(missing_ok=True)
+            info = asdict(self.info) | {"id": sent_to(folder, self.spec.name).id}
+            request = {"tracker": self.spec.name, "factory": self.spec.factory, "info": info, "timeout": self.timeout}
             Path(self.info.dir).mkdir(parents=True, exist_ok=True)
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "penchant.track.worker"],
@@ -205,9 +207,7 @@ class Mirrors:
     def begin(self, *, anew: bool) -> None:
         """Start the trackers; `anew`: the run has no checkpoint, so it becomes a new run in each tracker too."""
         for mirror in self.mirrors:
-            if anew:
-                sent_file(self.folder, mirror.spec.name).unlink(missing_ok=True)
-            mirror.start()
+            mirror.start(anew=anew)
 
     def poll(self) -> None:
         """Read the trackers' messages; called after each step."""
@@ -223,7 +223,8 @@ class Mirrors:
         for mirror in self.mirrors:
             mirror.end(status, summary or {})
         deadline = None if patient else time.monotonic() + self.timeout
-        return all(mirror.close(deadline) for mirror in self.mirrors)
+        complete = [mirror.close(deadline) for mirror in self.mirrors]  # a list, because each one must be closed
+        return all(complete)
 
 
 # ---- Sending a run's metrics after training: only the missing lines, or all of them to a new run in the tracker ----
