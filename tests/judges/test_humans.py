@@ -51,6 +51,14 @@ def test_half_a_line_of_a_killed_writer_is_cut_off(tmp_path: Path) -> None:
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()] == ["ada-0", "ada-2"]
 
 
+def test_a_last_line_that_lacks_only_its_line_break_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "preferences.jsonl"
+    path.write_text(json.dumps(word(0).to_json()))  # as some editors leave it
+    Preferences(path).append(word(1).to_json())
+    assert list(read_preferences(path).judgements) == ["ada-0", "ada-1"]
+    assert len(path.read_text().splitlines()) == 2
+
+
 def test_a_reader_follows_what_another_process_writes_and_a_file_that_is_replaced(tmp_path: Path) -> None:
     path = tmp_path / "preferences.jsonl"
     reader = Preferences(path)

@@ -154,6 +154,28 @@ def test_a_block_of_lines_is_one_message(models: list[ChatModel]) -> None:
     assert chat.last is not None and chat.last.message == "one\n\ntwo"
 
 
+def test_a_block_may_begin_with_a_slash(models: list[ChatModel]) -> None:
+    for text in ("/quit", "//comment", "/tmp is full"):
+        chat, _, notes = _session(models[:1], ['"""', text, '"""'])
+        assert chat.last is not None and chat.last.message == text and "not a command" not in notes
+
+
+def test_a_retry_that_cannot_be_sent_keeps_the_answer(models: list[ChatModel]) -> None:
+    chat, _, notes = _session(models[:1], ["One", "Two", "/system " + "long " * 2000, "/retry"])
+    assert "not sent" in notes and chat.last is not None and chat.last.message == "Two" and chat.last.texts[0]
+    # the last answer was undone, so that the one before it is the last
+    chat, _, notes = _session(models[:1], ["One", "Two", "/undo", "/system " + "long " * 2000, "/retry"])
+    assert "not sent" in notes and [turn.message for turn in chat.conversation.turns] == ["One"]
+
+
+def test_rows_after_a_line_that_an_editor_left_unended(models: list[ChatModel], tmp_path: Path) -> None:
+    file = tmp_path / "saved.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}')
+    _session(models[:1], ["One", f"/save {file}", f"/save {file}"])
+    first, *others = [json.loads(line) for line in file.read_text().splitlines()]
+    assert first == {"prompt": "a", "completion": "b"} and len(others) == 2
+
+
 def test_plain_text_is_continued(plain_model: ChatModel) -> None:
     chat, _, _ = _session([plain_model], ["", "Once upon", "", "A new one"])
     first, second = chat.conversation.turns

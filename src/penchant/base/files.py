@@ -275,7 +275,7 @@ def disk_error(path: Path, error: OSError) -> DiskError:
 def append_line(path: Path, row: Any) -> None:
     """Append one record to a JSONL file shared by several processes, atomically and fsynced.
 
-    A partial line left by a killed writer is removed first, and so is one that could not be written completely.
+    A partial line left by a killed writer is removed first (see `end_last_line`), and so is one that could not be written completely.
 
     Raises:
         DiskError: it cannot be written; no part of it remains in the file.
@@ -289,7 +289,7 @@ def append_line(path: Path, row: Any) -> None:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            size = whole_lines(handle)
+            size = end_last_line(handle)
             try:
                 written = os.write(handle, line)
                 if written < len(line):
@@ -308,16 +308,37 @@ def append_line(path: Path, row: Any) -> None:
 
 def whole_lines(handle: int) -> int:
     """Cut a partial line off the end of a file; return the remaining bytes."""
-    size = end = os.fstat(handle).st_size
+    size, end = os.fstat(handle).st_size, _end_of_lines(handle)
+    if end < size:
+        os.ftruncate(handle, end)
+    return end
+
+
+def end_last_line(handle: int) -> int:
+    """End a JSONL file's last line, or cut it off if it is no whole record; return the file's bytes.
+
+    An editor may leave a record without a line break at its end, a killed writer half a record.
+    """
+    size, end = os.fstat(handle).st_size, _end_of_lines(handle)
+    if end == size:
+        return size
+    try:
+        json.loads(os.pread(handle, size - end, end))
+    except ValueError:
+        os.ftruncate(handle, end)
+        return end
+    return size + os.write(handle, b"\n")
+
+
+def _end_of_lines(handle: int) -> int:
+    """The position after the last line break of a file."""
+    end = os.fstat(handle).st_size
     while end:
         start = max(0, end - (1 << 16))
         block = os.pread(handle, end - start, start)
         if (newline := block.rfind(b"\n")) >= 0:
-            end = start + newline + 1
-            break
+            return start + newline + 1
         end = start
-    if end < size:
-        os.ftruncate(handle, end)
     return end
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import time
@@ -28,6 +29,11 @@ TWO_COLUMNS_WIDTH = 90  # minimum width in cells for two columns
 def safe(text: str) -> str:
     """Return untrusted text made safe for a terminal: line breaks are kept, control characters are escaped."""
     return "\n".join(clean(line, len(line)) for line in text.split("\n"))
+
+
+def _escaped(message: str) -> str:
+    """Return a message that is not read as a command."""
+    return f"/{message}" if message.startswith("/") else message
 
 
 class Wrapper:
@@ -297,13 +303,13 @@ class Chat:
                 if self._dispatch(line):
                     break
             else:
-                self._send_message(line.removeprefix("/") if line.startswith("//") else line)
+                self._send_message(line[1:] if line.startswith("//") else line)
         if self.tally:
             self.terminal.note("preferred: " + ", ".join(f"{safe(k)} {v}" for k, v in sorted(self.tally.items())))
         return 0
 
     def _lines(self) -> Iterator[str]:
-        """Yield messages and commands; everything between two lines of three quotes is one message."""
+        """Yield messages and commands; everything between two lines of three quotes is one message, also if it begins with ``/``."""
         block: list[str] | None = None
         while True:
             try:
@@ -318,13 +324,13 @@ class Chat:
                 if block is None:
                     block = []
                     continue
-                line, block = "\n".join(block), None
+                line, block = _escaped("\n".join(block)), None
             elif block is not None:
                 block.append(line)
                 continue
             yield line
         if block:
-            yield "\n".join(block)
+            yield _escaped("\n".join(block))
 
     def _dispatch(self, line: str) -> bool:
         """Run a command and return True if the session ends."""
@@ -355,13 +361,13 @@ class Chat:
             self.conversation.turns.append(Turn(self.last.message, self.last.texts[0]))
             self.last = None
 
-    def answer(self, message: str) -> None:
-        """Generate and show every model's answer."""
+    def answer(self, message: str) -> bool:
+        """Generate and show every model's answer; return False if the message could not be sent."""
         try:
             fitted = self._fit_prompts(message)
         except (TooLong, TemplateRefused) as error:
             self.terminal.note(f"not sent: {safe(str(error))}")
-            return
+            return False
         order = list(range(len(self.models)))
         if self.options.blind:
             self.rng.shuffle(order)
@@ -372,6 +378,7 @@ class Chat:
             sampling = replace(sampling, max_new_tokens=prompt.room)
             completions.append(Completions(self.models[i], prompt.ids, sampling, style.stops, not style.keeps_history))
         self.last = Exchange(message, self._show_answers(completions, order), order, self.dropped)
+        return True
 
     def _fit_prompts(self, message: str) -> list[FittedPrompt]:
         """Return the prompt for every model, all with the same turns."""
@@ -471,8 +478,14 @@ class Chat:
     def append(self, file: Path, rows: list[dict[str, Any]]) -> bool:
         """Append rows to a JSONL file; on failure print a note and return False."""
         try:
-            with file.open("a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+            with file.open("ab+") as stream:
+                if stream.tell():
+                    stream.seek(-1, os.SEEK_END)
+                    text = (
+                        text if stream.read() == b"\n" else b"\n" + text
+                    )  # some editors end a file without a line break
+                stream.write(text)
         except (OSError, UnicodeError) as error:
             self.terminal.note(f"{safe(str(file))} cannot be written ({error})")
             return False
@@ -516,16 +529,16 @@ def _undo(chat: Chat, _: str) -> None:
 
 
 def _retry(chat: Chat, _: str) -> None:
-    message = None
-    if chat.last is not None:
-        message, chat.last = chat.last.message, None
-    elif chat.conversation.turns:
-        message = chat.conversation.turns.pop().message
-    if message is None:
+    last, turns = chat.last, chat.conversation.turns
+    if last is None and not turns:
         chat.terminal.note("there is nothing to retry")
         return
+    earlier = list(turns)
+    message = last.message if last is not None else turns.pop().message
+    chat.last = None
     chat.attempt += 1
-    chat.answer(message)
+    if not chat.answer(message):  # the earlier answer stays
+        chat.last, chat.conversation.turns = last, earlier
 
 
 def _system(chat: Chat, text: str) -> None:
